@@ -95,7 +95,3 @@ def take(data: dict, indices: Sequence[int]) -> dict:
     per_sample = set(FIELD_NAMES) | set(PER_SAMPLE)
     return {k: [v[i] for i in indices] if k in per_sample else v for k, v in data.items()}
 
-
-def select_fields(sample: Sample) -> list[str]:
-    """Names of the optional fields that this sample carries."""
-    return [f.name for f in FIELDS if f.read(sample) is not None]

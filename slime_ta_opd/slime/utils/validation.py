@@ -1,0 +1,266 @@
+"""Checks of a resolved command line, before anything heavy starts; derived defaults are filled in here.
+
+Every check raises ConfigError or DataError with what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from pathlib import Path
+
+import torch
+
+from slime.rollout.data_source import PromptDataSource
+from slime.utils.arguments import SHAPE_FLAGS
+from slime.utils.misc import load_tokenizer
+from ta_opd.errors import ConfigError, DataError
+from ta_opd.selection import MASK_CHOICES, resolve_mask
+
+NO_SELECTION = ("none", "full")
+
+
+def validate(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills derived values in and checks everything that needs no server. Returns `args`."""
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.output_dir is None:
+        args.output_dir = str(Path("outputs") / args.run_name)
+    _models(args)
+    _batches(args)
+    _selection(args)
+    _teacher(args)
+    _layout(args)
+    _checkpoints(args)
+    _prompts(args)
+    return args
+
+
+def _models(args):
+    args.student_config = _hf_config(args.hf_checkpoint, "--hf-checkpoint")
+    for flag, key in SHAPE_FLAGS.items():
+        given = getattr(args, flag.lstrip("-").replace("-", "_"))
+        actual = args.student_config.get(key)
+        if given is not None and actual is not None and float(given) != float(actual):
+            raise ConfigError(f"{flag}: {args.hf_checkpoint} has {key} = {actual}, got {given:g}; drop the flag or fix the model")
+    if args.bf16 and args.fp32:
+        raise ConfigError("--bf16 and --fp32: expected one of them, got both")
+    if not args.bf16 and not args.fp32:
+        args.bf16 = args.device == "cuda"
+        args.fp32 = not args.bf16
+    if args.sglang_dtype is None:
+        args.sglang_dtype = "bfloat16" if args.bf16 else "float32"
+
+
+def _hf_config(path: str | None, flag: str) -> dict:
+    if not path:
+        raise ConfigError(f"{flag}: expected an HF model directory, got nothing")
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        raise ConfigError(f"{flag}: expected an HF model directory, got {path!r}, which does not exist")
+    if not file.is_file():
+        raise ConfigError(f"{flag}: {path!r} holds no config.json; expected an HF model directory")
+    return json.loads(file.read_text())
+
+
+def _batches(args):
+    for name in ("num_rollout", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    total = args.rollout_batch_size * args.n_samples_per_prompt
+    if args.global_batch_size is None:
+        args.global_batch_size = total
+    if args.global_batch_size < 1 or total % args.global_batch_size:
+        raise ConfigError(
+            f"--global-batch-size: expected a divisor of rollout-batch-size x n-samples-per-prompt = "
+            f"{args.rollout_batch_size} x {args.n_samples_per_prompt} = {total}, got {args.global_batch_size}"
+        )
+    if args.over_sampling_batch_size is not None and args.over_sampling_batch_size < args.rollout_batch_size:
+        raise ConfigError(
+            f"--over-sampling-batch-size: expected at least --rollout-batch-size {args.rollout_batch_size}, "
+            f"got {args.over_sampling_batch_size}"
+        )
+    context = args.student_config.get("max_position_embeddings")
+    if args.rollout_max_context_len is None:
+        args.rollout_max_context_len = context
+    elif context and args.rollout_max_context_len > context:
+        raise ConfigError(f"--rollout-max-context-len: the student's limit is {context}, got {args.rollout_max_context_len}")
+    if args.rollout_max_context_len and args.rollout_max_response_len >= args.rollout_max_context_len:
+        raise ConfigError(
+            f"--rollout-max-response-len: expected room for a prompt within the context of "
+            f"{args.rollout_max_context_len} tokens, got {args.rollout_max_response_len}"
+        )
+
+
+def _selection(args):
+    mask = args.opd_budget_mask
+    if args.opd_selector_path is None:
+        if mask not in MASK_CHOICES:
+            near = difflib.get_close_matches(mask, MASK_CHOICES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"--opd-budget-mask: unknown mask {mask!r}{hint}. Known: {', '.join(MASK_CHOICES)}")
+        mask = resolve_mask(mask)
+    if not 0 < args.opd_budget_ratio <= 1:
+        raise ConfigError(f"--opd-budget-ratio: expected a share in (0, 1], got {args.opd_budget_ratio} (0.10 keeps 10 %)")
+    if not 0 <= args.opd_budget_gamma <= 1:
+        raise ConfigError(f"--opd-budget-gamma: expected [0, 1], got {args.opd_budget_gamma}")
+    if not 0 <= args.opd_metric_q_low < args.opd_metric_q_high <= 1:
+        raise ConfigError(
+            f"--opd-metric-q-low/-high: expected 0 <= low < high <= 1, got {args.opd_metric_q_low} and {args.opd_metric_q_high}"
+        )
+    if not 0 <= args.opd_compat_prefix_ema_alpha <= 1:
+        raise ConfigError(f"--opd-compat-prefix-ema-alpha: expected [0, 1], got {args.opd_compat_prefix_ema_alpha}")
+    if args.opd_budget_min_keep_per_sample < 0:
+        raise ConfigError(f"--opd-budget-min-keep-per-sample: expected 0 or more, got {args.opd_budget_min_keep_per_sample}")
+    if args.opd_exact_cmass_max_union < 1:
+        raise ConfigError(f"--opd-exact-cmass-max-union: expected at least 1, got {args.opd_exact_cmass_max_union}")
+    vocabulary = args.student_config.get("vocab_size") or 0
+    if args.opd_topk_metrics_k < 0 or (vocabulary and args.opd_topk_metrics_k > vocabulary):
+        raise ConfigError(f"--opd-topk-metrics-k: expected 0 to {vocabulary}, got {args.opd_topk_metrics_k}")
+    if args.opd_type == "sglang" and args.opd_topk_metrics_k == 0:
+        needs = {
+            f"--opd-budget-mask {args.opd_budget_mask}": mask not in NO_SELECTION or args.opd_selector_path,
+            f"--opd-loss-type {args.opd_loss_type}": args.opd_loss_type.startswith("topk"),
+            "--opd-exact-cmass": args.opd_exact_cmass,
+            "--opd-token-bank-dir": args.opd_token_bank_dir,
+        }
+        for what, needed in needs.items():
+            if needed:
+                raise ConfigError(f"{what} needs top-k: expected --opd-topk-metrics-k of 1 or more (16 is usual), got 0")
+    if args.opd_loss_reduction is None:
+        per_sample = args.opd_profile == "released" and not args.calculate_per_token_loss
+        args.opd_loss_reduction = "sample_mean" if per_sample else "kept_token_mean"
+
+
+def _teacher(args):
+    if args.opd_type == "megatron":
+        if not args.opd_teacher_load:
+            raise ConfigError("--opd-type megatron: expected --opd-teacher-load with the teacher's weights, got nothing")
+    elif args.opd_loss_type.startswith("full"):
+        raise ConfigError(
+            f"--opd-loss-type {args.opd_loss_type} needs full-vocabulary teacher logits: expected --opd-type megatron, "
+            "got sglang; with a SGLang teacher use the topk losses"
+        )
+    sources = [bool(args.rm_url), bool(args.teacher_model), bool(args.teacher)]
+    if args.opd_type == "sglang" and sum(sources) != 1:
+        raise ConfigError("teacher: expected exactly one of --teacher-model, --rm-url and --teacher NAME=URL, "
+                          f"got {sum(sources)} of them")  # fmt: skip
+    if args.opd_type == "sglang" and args.rollout_temperature != 1.0:
+        raise ConfigError(
+            f"--rollout-temperature: expected 1.0, got {args.rollout_temperature}; a SGLang teacher scores at temperature 1 "
+            "whatever is asked, so student and teacher log-probs would not be of one convention"
+        )
+    args.teachers = parse_teachers(args)
+    tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
+    directories = [d for d in [args.teacher_model, *args.teachers.values()] if isinstance(d, str) and Path(d).is_dir()]
+    for directory in dict.fromkeys(directories):
+        teacher_config = _hf_config(directory, "--teacher-model")
+        context = teacher_config.get("max_position_embeddings")
+        if context and args.rollout_max_context_len and context < args.rollout_max_context_len:
+            raise ConfigError(
+                f"teacher {directory}: its context of {context} tokens is shorter than --rollout-max-context-len "
+                f"{args.rollout_max_context_len}; lower the latter"
+            )
+        if not args.allow_tokenizer_mismatch:
+            check_tokenizers(tokenizer, load_tokenizer(directory, args.trust_remote_code), directory)
+
+
+def parse_teachers(args) -> dict[str, str | list[str]]:
+    """{name: HF directory or list of URLs}; one unnamed teacher is called "default"."""
+    if args.teacher:
+        teachers: dict[str, str | list[str]] = {}
+        for item in args.teacher:
+            name, found, target = item.partition("=")
+            if not found or not name or not target:
+                raise ConfigError(f"--teacher: expected NAME=URL or NAME=DIRECTORY, got {item!r}")
+            if "://" in target:
+                urls = teachers.setdefault(name, [])
+                if not isinstance(urls, list):
+                    raise ConfigError(f"--teacher {name}: given both as a directory and as a URL")
+                urls.append(target)
+            elif name in teachers:
+                raise ConfigError(f"--teacher {name}: given twice")
+            elif not Path(target).is_dir():
+                raise ConfigError(f"--teacher {name}: expected a URL or a model directory, got {target!r}, which does not exist")
+            else:
+                teachers[name] = target
+        return teachers
+    if args.rm_url:
+        return {"default": list(args.rm_url)}
+    if args.teacher_model:
+        if not Path(args.teacher_model).is_dir():
+            raise ConfigError(f"--teacher-model: expected an HF model directory, got {args.teacher_model!r}, which does not exist")
+        return {"default": args.teacher_model}
+    return {}
+
+
+def check_tokenizers(student, teacher, directory: str) -> None:
+    """DataError unless both map the same strings to the same ids (padding of the vocabulary may differ)."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = next((t for t in sorted(set(ours) | set(theirs)) if ours.get(t) != theirs.get(t)), None)
+        raise DataError(
+            f"tokenizers differ: student has {len(ours)} entries, teacher {directory} has {len(theirs)}; first difference "
+            f"{differing!r}: id {ours.get(differing)} against {theirs.get(differing)}. On-policy distillation scores the "
+            "student's own token ids: use a teacher of the same tokenizer (or --allow-tokenizer-mismatch, at your risk)"
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        raise DataError(
+            f"tokenizers differ in the end token: student {student.eos_token_id}, teacher {teacher.eos_token_id} ({directory}); "
+            "responses would never end for one of them. Use --allow-tokenizer-mismatch if that is meant"
+        )
+
+
+def _layout(args):
+    world = args.actor_num_nodes * args.actor_num_gpus_per_node
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    if min(tp, pp, cp, args.actor_num_nodes, args.actor_num_gpus_per_node) < 1:
+        raise ConfigError("layout: expected sizes of at least 1")
+    if world % (tp * pp * cp):
+        raise ConfigError(
+            f"layout: expected actor-num-nodes x actor-num-gpus-per-node = {world} to be a multiple of TP x PP x CP = "
+            f"{tp} x {pp} x {cp} = {tp * pp * cp}"
+        )
+    args.world_size, args.data_parallel_size = world, world // (tp * pp * cp)
+    if args.rollout_num_gpus is None:
+        args.rollout_num_gpus = args.rollout_num_gpus_per_engine
+    if args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
+        raise ConfigError(
+            f"--rollout-num-gpus: expected a multiple of --rollout-num-gpus-per-engine {args.rollout_num_gpus_per_engine}, "
+            f"got {args.rollout_num_gpus}"
+        )
+    if args.teacher_num_gpus is None:
+        args.teacher_num_gpus = args.teacher_num_gpus_per_engine
+    if args.teacher_num_gpus % args.teacher_num_gpus_per_engine:
+        raise ConfigError(
+            f"--teacher-num-gpus: expected a multiple of --teacher-num-gpus-per-engine {args.teacher_num_gpus_per_engine}, "
+            f"got {args.teacher_num_gpus}"
+        )
+
+
+def _checkpoints(args):
+    for flag, value in (("--save-interval", args.save_interval), ("--eval-interval", args.eval_interval)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag}: expected at least 1, got {value}")
+    if args.save_interval and not args.save:
+        args.save = str(Path(args.output_dir) / "checkpoints")
+    if args.save_hf == "":
+        args.save_hf = str(Path(args.output_dir) / "hf")
+    if args.load and not Path(args.load).is_dir():
+        raise ConfigError(f"--load: expected a checkpoint directory, got {args.load!r}, which does not exist")
+
+
+def _prompts(args):
+    pairs = args.eval_prompt_data or []
+    if len(pairs) % 2:
+        raise ConfigError(f"--eval-prompt-data: expected pairs of NAME FILE, got {len(pairs)} words: {' '.join(pairs)}")
+    args.eval_datasets = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    if args.eval_interval and not args.eval_datasets:
+        raise ConfigError("--eval-interval: expected --eval-prompt-data NAME FILE beside it, got none")
+    if not args.prompt_data:
+        raise ConfigError("--prompt-data: expected a JSONL or parquet file, got nothing")
+    tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
+    source = PromptDataSource(args, tokenizer)  # reads and checks every prompt
+    args.num_prompts = len(source)
+    for file in args.eval_datasets.values():
+        PromptDataSource(args, tokenizer, path=file, evaluation=True)
