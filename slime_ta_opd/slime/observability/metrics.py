@@ -1,0 +1,68 @@
+"""What a rollout is logged as: means over all valid tokens and over kept tokens, side by side, so that methods compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from slime.utils.types import Sample
+
+
+def rollout_metrics(samples: Sequence[Sample], selection: dict[str, Any] | None) -> dict[str, float]:
+    """Per-rollout numbers under `rollout/`. `selection` is what the token selection reported, None without one.
+
+    reverse_kl_* is the mean of the sampled-token estimate log p_student - log p_teacher in nats a token (unbiased under
+    the student's own samples); *_valid over every valid position, *_kept over positions with a weight.
+    """
+    lengths = np.array([s.response_length for s in samples])
+    valid = np.concatenate([s.valid_mask() for s in samples]) if len(samples) else np.zeros(0, bool)
+    out = {
+        "rollout/samples": float(len(samples)),
+        "rollout/response_length": float(lengths.mean()) if len(lengths) else 0.0,
+        "rollout/response_length_max": float(lengths.max()) if len(lengths) else 0.0,
+        "rollout/truncated": float(np.mean([s.truncated for s in samples])) if len(lengths) else 0.0,
+        "rollout/valid_tokens": float(valid.sum()),
+    }
+    weights = [s.opd_weights for s in samples]
+    if any(w is None for w in weights):
+        kept = valid
+    else:
+        kept = valid & (np.concatenate(weights) > 0)
+    out["rollout/kept_tokens"] = float(kept.sum())
+    out["rollout/keep_ratio"] = float(kept.sum() / max(valid.sum(), 1))
+    student = [s.rollout_log_probs for s in samples]
+    teacher = [s.teacher_log_probs for s in samples]
+    if len(samples) and all(x is not None for x in student):
+        s = np.concatenate(student)
+        out["rollout/student_log_prob"] = _mean(s, valid)
+        if all(x is not None for x in teacher):
+            t = np.concatenate(teacher)
+            out["rollout/teacher_log_prob"] = _mean(t, valid)
+            out["rollout/reverse_kl_valid"] = _mean(s - t, valid)
+            out["rollout/reverse_kl_kept"] = _mean(s - t, kept)
+    for key, value in (selection or {}).items():
+        if isinstance(value, (bool, int, float, np.integer, np.floating)) and f"rollout/{key}" not in out:
+            out[f"rollout/{key}"] = float(value)
+    by_teacher: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        if sample.metadata.get("teacher"):
+            by_teacher.setdefault(sample.metadata["teacher"], []).append(i)
+    for name, rows in by_teacher.items():
+        part = rollout_metrics_pair(samples, rows)
+        out |= {f"teacher/{name}/{key}": value for key, value in part.items()}
+    return out
+
+
+def rollout_metrics_pair(samples: Sequence[Sample], rows: Sequence[int]) -> dict[str, float]:
+    """Sample count and reverse KL of the given samples (one of several teachers)."""
+    pairs = [(samples[i].rollout_log_probs, samples[i].teacher_log_probs, samples[i].valid_mask()) for i in rows]
+    known = [(s - t)[v] for s, t, v in pairs if s is not None and t is not None]
+    flat = np.concatenate(known) if known else np.zeros(0)
+    return {"samples": float(len(rows)), "reverse_kl_valid": _mean(flat, np.ones(len(flat), bool))}
+
+
+def _mean(values: np.ndarray, where: np.ndarray) -> float:
+    chosen = values[where & np.isfinite(values)]
+    return float(chosen.mean()) if len(chosen) else float("nan")

@@ -1,0 +1,86 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard by default, wandb when asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from slime.utils import config_file
+from ta_opd.errors import ConfigError
+
+
+class Trackers:
+    """log() appends one line and forwards the numbers. Lines of rollouts that are run again are cut at `start`."""
+
+    def __init__(self, args, start: int = 0):
+        self.dir = Path(args.output_dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.metrics_file = _resume(self.dir / "metrics.jsonl", start)
+        self.eval_file = _resume(self.dir / "eval.jsonl", start)
+        self.board = self.wandb = None
+        if args.use_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.tensorboard_dir or str(self.dir / "tensorboard"), purge_step=start or None)
+        if args.use_wandb:
+            self.wandb = _start_wandb(args)
+
+    def log(self, rollout_id: int, metrics: dict[str, float]) -> None:
+        clean = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
+        _append(self.metrics_file, {"rollout_id": rollout_id, "step": rollout_id, "time": time.time(), **clean})
+        self._forward(rollout_id, metrics)
+
+    def log_eval(self, rollout_id: int, results: dict[str, dict[str, Any]]) -> None:
+        """One line a data set; `per_prompt` lists go to the file only."""
+        for dataset, result in results.items():
+            _append(self.eval_file, {"rollout_id": rollout_id, "dataset": dataset, **result})
+            numbers = {f"eval/{dataset}/{k}": float(v) for k, v in result.items() if isinstance(v, (int, float))}
+            self._forward(max(rollout_id, 0), numbers)
+
+    def _forward(self, step: int, numbers: dict[str, float]) -> None:
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("ab") as f:
+        f.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+
+
+def _resume(path: Path, start: int) -> Path:
+    """Drops lines of rollouts from `start` on (they are run again) and a line cut off by a crash."""
+    if path.exists():
+        kept = []
+        for line in path.read_bytes().splitlines():
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
+            if row["rollout_id"] < start:
+                kept.append(line + b"\n")
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(path)
+    return path
+
+
+def _start_wandb(args):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("--use-wandb: the package wandb is not installed; pip install wandb, or drop the flag") from None
+    return wandb.init(project=args.wandb_project, group=args.wandb_group, name=args.run_name, dir=args.output_dir,
+                      config=config_file.resolved(args))  # fmt: skip

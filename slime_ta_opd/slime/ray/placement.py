@@ -1,0 +1,160 @@
+"""Where every process of a run goes: Ray, one placement group, and slots for trainer ranks, engines and teachers.
+
+On GPUs a slot is one GPU of the group. Trainer ranks come first, then the student's engines (the same GPUs with
+--colocate), then the teachers (their own GPUs, or the trainer's with --teacher-colocate). On CPU a slot is a process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slime.utils.misc import human_bytes, quiet_environment
+from ta_opd.errors import ConfigError, ServiceError
+
+LOCAL_OBJECT_STORE = 512 * 2**20  # a laptop run ships a few MB a step
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place for one process. gpu: physical or visible GPU id as CUDA_VISIBLE_DEVICES wants it, None on CPU."""
+
+    bundle: int
+    node: str
+    gpu: str | None
+
+
+@dataclass
+class Layout:
+    """How many slots a run needs, before Ray is asked. Indices count GPUs (or processes) of the whole run."""
+
+    trainer: list[int]
+    engines: list[list[int]]
+    teachers: dict[str, list[list[int]]]
+    total: int
+
+
+@dataclass
+class Placement:
+    layout: Layout
+    group: PlacementGroup
+    slots: list[Slot]
+    started_ray: bool
+    addresses: dict[str, str] = field(default_factory=dict)
+
+    def options(self, index: int, env: dict[str, str] | None = None, gpus: list[int] | None = None) -> dict:
+        """Ray actor options for a process in slot `index` that sees the GPUs of slots `gpus` (default: its own)."""
+        slot = self.slots[index]
+        visible = [self.slots[i].gpu for i in (gpus if gpus is not None else [index])]
+        variables = {"PYTHONPATH": python_path(), **(env or {})}
+        if slot.gpu is not None:
+            variables |= {"CUDA_VISIBLE_DEVICES": ",".join(visible), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        return {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "runtime_env": {"env_vars": variables},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, slot.bundle, placement_group_capture_child_tasks=True),
+        }
+
+
+def python_path() -> str:
+    """PYTHONPATH for child processes: this tree first, then what the parent had."""
+    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    parts = [here, os.path.dirname(here), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(p for p in parts if p))
+
+
+def plan_layout(args) -> Layout:
+    """Slots by the flags alone; the same for --dry-run and for the run."""
+    trainer = list(range(args.world_size))
+    cursor = args.world_size
+    per, count = args.rollout_num_gpus_per_engine, args.rollout_num_gpus // args.rollout_num_gpus_per_engine
+    engines: list[list[int]] = []
+    if not args.rollout_external_engine_addrs:
+        shared = args.colocate
+        if shared and args.rollout_num_gpus > args.world_size:
+            raise ConfigError(f"--colocate: expected --rollout-num-gpus of at most the trainer's {args.world_size}, got {args.rollout_num_gpus}")
+        base = 0 if shared else cursor
+        engines = [list(range(base + e * per, base + (e + 1) * per)) for e in range(count)]
+        cursor = cursor if shared else cursor + args.rollout_num_gpus
+    teachers: dict[str, list[list[int]]] = {}
+    per, count = args.teacher_num_gpus_per_engine, args.teacher_num_gpus // args.teacher_num_gpus_per_engine
+    for name, target in args.teachers.items():
+        if isinstance(target, list):
+            continue
+        if args.teacher_colocate and args.teacher_num_gpus > args.world_size:
+            raise ConfigError(f"--teacher-colocate: expected --teacher-num-gpus of at most {args.world_size}, got {args.teacher_num_gpus}")
+        base = 0 if args.teacher_colocate else cursor
+        teachers[name] = [list(range(base + e * per, base + (e + 1) * per)) for e in range(count)]
+        cursor = cursor if args.teacher_colocate else cursor + args.teacher_num_gpus
+    return Layout(trainer, engines, teachers, cursor)
+
+
+def create_placement(args) -> Placement:
+    """Joins the cluster at RAY_ADDRESS or starts a local Ray, reserves the slots and finds out where they are."""
+    layout = plan_layout(args)
+    started = start_ray(args, layout.total)
+    unit = {"GPU": 1, "CPU": 1} if args.device == "cuda" else {"CPU": 1}
+    group = placement_group([unit] * layout.total, strategy="PACK")
+    if not group.wait(timeout_seconds=60):
+        have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+        raise ServiceError(f"placement: expected {layout.total} x {unit}, the cluster has {have}; lower the sizes or share with --colocate")
+    where = [
+        _where.options(num_cpus=1, num_gpus=unit.get("GPU", 0), scheduling_strategy=PlacementGroupSchedulingStrategy(group, i)).remote()
+        for i in range(layout.total)
+    ]
+    order = {gpu: i for i, gpu in enumerate(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))} if started else {}
+    found = sorted(enumerate(ray.get(where)), key=lambda item: (item[1][0], _position(item[1][1], order), item[0]))
+    slots = [Slot(bundle, node, gpu) for bundle, (node, gpu) in found]
+    return Placement(layout, group, slots, started)
+
+
+def start_ray(args, slots: int) -> bool:
+    """True where this process started its own local Ray (and so stops it)."""
+    quiet_environment()
+    os.environ["PYTHONPATH"] = python_path()
+    if ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        ray.init(address=address, logging_level="warning", log_to_driver=True)
+        return False
+    memory = {} if args.device == "cuda" else {"object_store_memory": LOCAL_OBJECT_STORE}
+    ray.init(address="local", num_cpus=max(slots, os.cpu_count() or 1), include_dashboard=False, logging_level="warning",
+             log_to_driver=True, **memory)  # fmt: skip
+    return True
+
+
+def describe(layout: Layout, args) -> list[str]:
+    """One line a process group, for --dry-run."""
+    kind = "GPU" if args.device == "cuda" else "CPU process"
+    lines = [f"trainer: {len(layout.trainer)} ranks on {kind} {_ids(layout.trainer)} (TP {args.tensor_model_parallel_size}, "
+             f"PP {args.pipeline_model_parallel_size}, CP {args.context_parallel_size}, DP {args.data_parallel_size})"]  # fmt: skip
+    lines += [f"student engine {e}: {kind} {_ids(slots)}" for e, slots in enumerate(layout.engines)]
+    for name, replicas in layout.teachers.items():
+        lines += [f"teacher {name!r} replica {r}: {kind} {_ids(slots)}" for r, slots in enumerate(replicas)]
+    lines.append(f"slots in all: {layout.total} x {kind}")
+    if args.device == "cpu":
+        lines.append(f"local object store: {human_bytes(LOCAL_OBJECT_STORE)}")
+    return lines
+
+
+def _position(gpu: str | None, order: dict[str, int]) -> int:
+    """Rank of a GPU on its node: the order of CUDA_VISIBLE_DEVICES where this process set it, else the id."""
+    if gpu is None:
+        return 0
+    return order.get(gpu, int(gpu) if gpu.isdigit() else 0)
+
+
+def _ids(slots: list[int]) -> str:
+    return ",".join(map(str, slots))
+
+
+@ray.remote
+def _where() -> tuple[str, str | None]:
+    gpus = ray.get_gpu_ids()
+    return ray.util.get_node_ip_address(), str(gpus[0]) if gpus else None
