@@ -160,6 +160,7 @@ def _teacher(parser):
     g.add_argument("--opd-teacher-load", help="teacher weights for --opd-type megatron (HF or torch_dist directory)")
     g.add_argument("--opd-teacher-ckpt-step", type=int, help="iteration of --opd-teacher-load")
     g.add_argument("--teacher-port", type=int, help="port of the (first) teacher server; default: a free one")
+    g.add_argument("--teacher-nccl-port", type=int, help="NCCL port of the (first) teacher server; default: a free one")
     g.add_argument("--teacher-mem-fraction-static", type=float, help="memory fraction of a teacher server")
     g.add_argument("--teacher-cuda-graph-max-bs", type=int)
     g.add_argument("--teacher-concurrency", type=int, default=64, help="scoring requests in flight for one teacher")

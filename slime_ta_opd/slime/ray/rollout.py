@@ -1,0 +1,165 @@
+"""RolloutManager: the actor that owns engines, teachers and prompts, and turns them into train batches.
+
+generate(rollout_id): sample and score -> select -> token bank (written by a thread) -> split over data-parallel ranks.
+Per-token data never pass through the driver: it gets object references, one a rank.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from slime.observability.metrics import rollout_metrics
+from slime.observability.timer import Timer
+from slime.ray.actor_group import get
+from slime.ray.placement import Placement
+from slime.utils import fields
+from slime.utils.dp_schedule import split_for_data_parallel
+from slime.utils.types import Sample
+
+
+@dataclass
+class Batch:
+    """What the driver holds of one rollout: shards[r] is a one-item list with the reference of data-parallel rank r."""
+
+    rollout_id: int
+    shards: list[list[ray.ObjectRef]]
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    spans: list[dict] = field(default_factory=list)
+
+
+def create_rollout_manager(args, placement: Placement) -> RolloutGroup:
+    """Starts the manager, which begins to start the servers at once."""
+    return RolloutGroup(args, placement)
+
+
+class RolloutGroup:
+    """The driver's handle on the manager."""
+
+    def __init__(self, args, placement: Placement):
+        self.args = args
+        self.actor = RolloutManager.options(**placement.options(0, gpus=[])).remote(args, placement)
+        self._ready = self.actor.start.remote()
+
+    def wait_ready(self) -> None:
+        for line in get([self._ready])[0]:
+            print(line)
+
+    def engines(self) -> dict:
+        return get([self.actor.engines.remote()])[0]
+
+    def set_version(self, version: int) -> None:
+        get([self.actor.set_version.remote(version)])
+
+    def generate(self, rollout_id: int) -> Batch:
+        return get([self.actor.generate.remote(rollout_id)])[0]
+
+    def evaluate(self, rollout_id: int) -> dict[str, dict[str, Any]]:
+        return get([self.actor.evaluate.remote(rollout_id)])[0]
+
+    def state(self) -> dict[str, Any]:
+        return get([self.actor.state.remote()])[0]
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        get([self.actor.load_state.remote(state)])
+
+    def stop(self) -> None:
+        try:
+            ray.get(self.actor.stop.remote(), timeout=30)
+        finally:
+            ray.kill(self.actor)
+
+
+@ray.remote
+class RolloutManager:
+    def __init__(self, args, placement: Placement):
+        from slime.ray.servers import Servers
+        from slime.rollout.data_source import PromptDataSource
+        from slime.utils.misc import load_tokenizer
+
+        self.args = args
+        self.timer = Timer("rollout", keep_spans=args.trace)
+        self.tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
+        self.source = PromptDataSource(args, self.tokenizer)
+        self.evaluation = {name: PromptDataSource(args, self.tokenizer, path=file, evaluation=True)
+                           for name, file in args.eval_datasets.items()}  # fmt: skip
+        self.servers = Servers(args, placement)
+
+    def start(self) -> list[str]:
+        """Starts every server side by side, waits, probes; returns the lines to show."""
+        return self.servers.start()
+
+    def engines(self) -> dict:
+        return self.servers.engine_info()
+
+    def set_version(self, version: int) -> None:
+        self.servers.set_version(version)
+
+    def generate(self, rollout_id: int) -> Batch:
+        from slime.rollout.sglang_rollout import generate_rollout
+
+        begin = time.time()
+        self.servers.heal()
+        with self.timer.phase("generate"):
+            groups = generate_rollout(self.args, rollout_id, self.source, self.servers.clients)
+        samples = [s for group in groups for s in group]
+        selection = self._select(samples, rollout_id)
+        if self.args.save_debug_rollout_data:
+            from slime.rollout.dump import dump_rollout
+
+            dump_rollout(self.args.save_debug_rollout_data, rollout_id, samples)
+        with self.timer.phase("split"):
+            metrics = rollout_metrics(samples, selection)
+            data = fields.collect(samples, self._needed_fields())
+            shards = split_for_data_parallel(data, self.args.data_parallel_size, self.args.global_batch_size)
+            refs = [[ray.put({**shard, "rollout_id": rollout_id})] for shard in shards]
+        seconds = {**self.timer.take(), **self.servers.clients.take_seconds(), "rollout": time.time() - begin}
+        return Batch(rollout_id, refs, metrics, seconds, self.timer.take_spans())
+
+    def _select(self, samples: list[Sample], rollout_id: int) -> dict[str, Any] | None:
+        if self.args.opd_type == "megatron" or self.args.opd_topk_metrics_k == 0:
+            return None
+        from slime.rollout import tip_compat
+
+        with self.timer.phase("select"):
+            return tip_compat.select_for_samples(self.args, samples, rollout_id)
+
+    def _needed_fields(self) -> list[str]:
+        from slime.backends.megatron_utils.losses.registry import get_loss
+
+        return sorted(set(get_loss(self.args.opd_loss_type).needs(self.args)) | {"rollout_log_probs", "teacher_log_probs"})
+
+    def evaluate(self, rollout_id: int) -> dict[str, dict[str, Any]]:
+        """Accuracy of the current student on every evaluation set; no teacher, no top-k."""
+        from slime.rollout.evaluate import evaluate
+
+        self.servers.heal()
+        return {name: evaluate(self.args, rollout_id, self.servers.clients, data) for name, data in self.evaluation.items()}
+
+    def state(self) -> dict[str, Any]:
+        if self.args.opd_token_bank_dir:
+            from slime.rollout import tip_compat
+
+            tip_compat.flush_token_banks()
+        return {"data_source": self.source.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.source.load_state_dict(state["data_source"])
+
+    def stop(self) -> None:
+        try:
+            if self.args.opd_token_bank_dir:
+                from slime.rollout import tip_compat
+
+                tip_compat.close_token_banks()
+        finally:
+            self.servers.stop()
+
+
+def run_log_dir(args) -> Path:
+    return Path(args.output_dir) / "logs"

@@ -1,0 +1,134 @@
+"""One run: its directory, progress, trackers, schedule of saves and evaluations, and the end of its processes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import ray
+from tqdm import tqdm
+
+from slime.observability.timer import Timer, write_trace
+from slime.observability.trackers import Trackers
+from slime.utils import config_file
+
+
+class Run:
+    """Context of a run. Leaving it, in whatever way, stops what `owns` was given, last first, then a local Ray."""
+
+    def __init__(self, args):
+        self.args = args
+        self.dir = Path(args.output_dir)
+        self.timer = Timer("driver", keep_spans=True)
+        self.spans: list[dict] = []
+        self.owned: list[Any] = []
+        self.trackers: Trackers | None = None
+        self.final_eval: dict[str, Any] = {}
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> Run:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "DONE").unlink(missing_ok=True)
+        config_file.dump(self.args, self.dir / "config.yaml")
+        self.began = time.time()
+        self._old = signal.signal(signal.SIGTERM, _terminate)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.bar is not None:
+            self.bar.close()
+        if self.trackers is not None:
+            self.trackers.close()
+        for thing in reversed(self.owned):
+            try:
+                if hasattr(thing, "stop"):
+                    thing.stop()
+            except Exception as problem:  # one stuck process must not keep the others alive
+                print(f"while stopping {type(thing).__name__}: {problem}", file=sys.stderr)
+        if any(getattr(thing, "started_ray", False) for thing in self.owned):
+            ray.shutdown()
+        signal.signal(signal.SIGTERM, self._old)
+        if self.args.trace and self.spans:
+            write_trace(self.spans, self.dir / "trace.json")
+        if kind is None:
+            done = {"run_name": self.args.run_name, "num_rollout": self.args.num_rollout, "final": self.final_eval,
+                    "seconds": round(time.time() - self.began, 3)}  # fmt: skip
+            _write(self.dir / "DONE", orjson.dumps(done, option=orjson.OPT_INDENT_2))
+
+    def owns(self, thing: Any) -> Any:
+        self.owned.append(thing)
+        return thing
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self.timer.phase(name):
+            yield
+
+    def resume(self, loaded: tuple[int, dict | None], rollout) -> int:
+        """First rollout id; gives the data source back its place where a checkpoint was loaded."""
+        start, extra = loaded
+        if extra and extra.get("rollout"):
+            rollout.load_state(extra["rollout"])
+        self.trackers = Trackers(self.args, start)
+        return start
+
+    def state(self, rollout) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimizer."""
+        return {"rollout": rollout.state(), "config": config_file.resolved(self.args)}
+
+    def rollouts(self, start: int) -> Iterator[int]:
+        self.bar = tqdm(range(start, self.args.num_rollout), desc=self.args.run_name, initial=start,
+                        total=self.args.num_rollout, unit="step", dynamic_ncols=True, file=sys.stdout)  # fmt: skip
+        for rollout_id in self.bar:
+            self.step_began = time.time()
+            yield rollout_id
+
+    def save_due(self, rollout_id: int) -> bool:
+        every, last = self.args.save_interval, rollout_id == self.args.num_rollout - 1
+        return bool(every) and ((rollout_id + 1) % every == 0 or last)
+
+    def eval_due(self, rollout_id: int) -> bool:
+        every = self.args.eval_interval
+        if not every:
+            return False
+        if rollout_id < 0:
+            return not self.args.skip_eval_before_train
+        return (rollout_id + 1) % every == 0 or rollout_id == self.args.num_rollout - 1
+
+    def evaluate(self, rollout, rollout_id: int) -> None:
+        with self.phase("eval"):
+            results = rollout.evaluate(rollout_id)
+        self.trackers.log_eval(rollout_id, results)
+        self.final_eval = {name: {k: v for k, v in r.items() if isinstance(v, (int, float))} for name, r in results.items()}
+        for name, r in results.items():
+            tqdm.write(f"evaluation after rollout {rollout_id}: {name} accuracy {r['accuracy']:.3f} ({r['num_prompts']} prompts)")
+
+    def log(self, rollout_id: int, batch) -> None:
+        """Joins the phases of driver and manager, writes one line and moves the bar."""
+        seconds = {**batch.seconds, **self.timer.take(), "total": time.time() - self.step_began}
+        metrics = batch.metrics | {f"seconds/{k}": v for k, v in seconds.items()}
+        tokens = metrics.get("rollout/valid_tokens", 0.0)
+        for phase in ("generate", "train", "total"):
+            if seconds.get(phase):
+                metrics[f"tokens_per_second/{phase}"] = tokens / seconds[phase]
+        self.spans += self.timer.take_spans() + batch.spans if self.args.trace else []
+        self.trackers.log(rollout_id, metrics)
+        shown = {"kl": "rollout/reverse_kl_valid", "kept": "rollout/keep_ratio", "len": "rollout/response_length", "loss": "train/loss"}
+        self.bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in shown.items() if m in metrics}, refresh=False)
+
+
+def _terminate(signum, frame):
+    raise KeyboardInterrupt
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
