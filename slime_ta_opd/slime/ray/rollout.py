@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -132,7 +131,7 @@ class RolloutManager:
     def _needed_fields(self) -> list[str]:
         from slime.backends.megatron_utils.losses.registry import get_loss
 
-        return sorted(set(get_loss(self.args.opd_loss_type).needs(self.args)) | {"rollout_log_probs", "teacher_log_probs"})
+        return fields.for_rows(get_loss(self.args.opd_loss_type).needs_for(self.args))
 
     def evaluate(self, rollout_id: int) -> dict[str, dict[str, Any]]:
         """Accuracy of the current student on every evaluation set; no teacher, no top-k."""
@@ -160,6 +159,3 @@ class RolloutManager:
         finally:
             self.servers.stop()
 
-
-def run_log_dir(args) -> Path:
-    return Path(args.output_dir) / "logs"

@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from slime.utils import config_file
 from ta_opd.selection import MASK_CHOICES
 
-LOSS_TYPES = (
-    "sampled_reverse_kl", "topk_reverse_kl", "topk_forward_kl", "topk_jsd",
-    "full_reverse_kl", "full_forward_kl", "full_jsd",
-)  # fmt: skip
+from slime.backends.megatron_utils.losses.registry import LOSS_TYPES
+from slime.utils import config_file
+
 REDUCTIONS = ("kept_token_mean", "sample_mean", "valid_token_mean")
 
 # Megatron/slime flags of known launchers that decide nothing in this tree: flag -> number of values

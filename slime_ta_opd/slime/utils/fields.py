@@ -7,7 +7,7 @@ field is adding a line. Shapes: P prompt length, L response length, K top-k widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ class Field:
     shape: str  # "PL", "L" or "LK"
     pad: float
     read: Callable[[Sample], np.ndarray | None]
+    row: str | None = None  # its name in losses.types.Rows
     cp_sliced: bool = True
     required: bool = False
 
@@ -44,16 +45,18 @@ _I, _F = np.dtype(np.int32), np.dtype(np.float32)
 FIELDS: tuple[Field, ...] = (
     Field("tokens", _I, "PL", 0, lambda s: np.asarray(s.tokens), required=True),
     Field("loss_masks", _F, "L", 0, lambda s: s.valid_mask(), required=True),
-    Field("opd_weights", _F, "L", 0, _weights, required=True),
-    Field("rollout_log_probs", _F, "L", 0, lambda s: s.rollout_log_probs),
-    Field("teacher_log_probs", _F, "L", 0, lambda s: s.teacher_log_probs),
-    Field("teacher_topk_ids", _I, "LK", -1, _part("teacher_topk", "ids")),
-    Field("teacher_topk_logprobs", _F, "LK", -np.inf, _part("teacher_topk", "logprobs")),
-    Field("student_topk_ids", _I, "LK", -1, _part("student_topk", "ids")),
+    Field("opd_weights", _F, "L", 0, _weights, row="weight_R", required=True),
+    Field("rollout_log_probs", _F, "L", 0, lambda s: s.rollout_log_probs, row="student_logp_old_R"),
+    Field("teacher_log_probs", _F, "L", 0, lambda s: s.teacher_log_probs, row="teacher_logp_R"),
+    Field("teacher_topk_ids", _I, "LK", -1, _part("teacher_topk", "ids"), row="teacher_ids_RK"),
+    Field("teacher_topk_logprobs", _F, "LK", -np.inf, _part("teacher_topk", "logprobs"), row="teacher_logps_RK"),
+    Field("student_topk_ids", _I, "LK", -1, _part("student_topk", "ids"), row="student_ids_RK"),
     Field("student_topk_logprobs", _F, "LK", -np.inf, _part("student_topk", "logprobs")),
-    Field("teacher_at_student_ids", _F, "LK", np.nan, lambda s: s.teacher_at_student_ids),
+    Field("teacher_at_student_ids", _F, "LK", np.nan, lambda s: s.teacher_at_student_ids, row="teacher_at_student_RK"),
 )
 FIELD_NAMES = tuple(f.name for f in FIELDS)
+# Always shipped where the rollout has them: the trainer logs its distance to both.
+LOGGED = ("rollout_log_probs", "teacher_log_probs")
 PER_SAMPLE = ("response_lengths", "sample_indices", "rewards", "truncated")
 
 
@@ -95,3 +98,8 @@ def take(data: dict, indices: Sequence[int]) -> dict:
     per_sample = set(FIELD_NAMES) | set(PER_SAMPLE)
     return {k: [v[i] for i in indices] if k in per_sample else v for k, v in data.items()}
 
+
+def for_rows(row_fields: Iterable[str]) -> list[str]:
+    """Names of the fields to ship for a loss that needs these `Rows` fields."""
+    wanted = set(row_fields)
+    return [f.name for f in FIELDS if f.required or f.row in wanted or f.name in LOGGED]

@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 
 import torch
+from ta_opd.selection import MASK_CHOICES, resolve_mask
 
 from slime.rollout.data_source import PromptDataSource
 from slime.utils.arguments import SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.selection import MASK_CHOICES, resolve_mask
 
 NO_SELECTION = ("none", "full")
 
