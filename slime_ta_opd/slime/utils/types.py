@@ -6,7 +6,7 @@ Per-token fields are arrays over the response, length `response_length`, from th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class Sample:
     teacher_at_student_ids: teacher log-probs at the student's top-K ids, float32 [L, K], NaN where unknown.
     """
 
-    class Status(str, Enum):
+    class Status(StrEnum):
         PENDING = "pending"
         COMPLETED = "completed"
         TRUNCATED = "truncated"
