@@ -1,0 +1,1 @@
+"""Distillation losses on top of a vocabulary-parallel LM head."""
