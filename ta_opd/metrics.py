@@ -1,0 +1,308 @@
+"""Per-token quantities of the student's and the teacher's top-K: entropy, divergence, compatibility, overlap, ranks.
+
+Everything is computed from two `TopK` in row blocks that stay in cache; no row depends on another, except `Cprefix_ema`.
+
+Shape suffixes: T positions, K entries per side, U = 2K slots of the union (a slot that is no union member is inactive), N samples,
+B rows of one block. Letters: p probabilities as returned, q probabilities of the union distribution, M mass.
+
+Supports of the divergences (D = `KLf_union`, `KLr_union`, `CBC`), U = ids of the student's and the teacher's top-K:
+
+- `union_floor` (the released definition): each side is divided by its own top-K mass; a union member that a side did not return gets
+  1e-12, so each teacher-only token adds about q_teacher * 27 nats to D.
+- `union_tail`: nothing is invented. A side that returned mass M and smallest probability p_min, and lacks n members of the union, has
+  R = max(1 - M, 1e-6) left for everything it did not return (1e-6 is what float32 log-probs can resolve of a mass near 1). R is spread
+  over the n missing members and one shared rest bucket, and no missing member can be likelier than the least likely returned one:
+  each missing member gets m = min(p_min, R / (n + 1)), the rest bucket gets R - n*m >= R / (n + 1). Both sides are divided by
+  M + R, sum to 1 over U and the rest bucket, and the divergences are over U and the rest bucket. So D >= 0, D = 0 for equal sides, and
+  D is finite and bounded by what the replies can tell apart.
+- `exact`: full-vocabulary values handed in by a caller that has them; only ranks, masses and overlap come from the top-K.
+
+A side that returned nothing has D = KLr = CBC = C = 0 in every support.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ta_opd.errors import ConfigError, DataError
+from ta_opd.topk import PAD_ID, TopK
+
+EPS = 1e-12
+TAIL_RESOLUTION = 1e-6
+SUPPORTS = ("union_floor", "union_tail", "exact")
+MAX_LOGPROB = 80.0  # exp() of more overflows float32 sums; a log-prob above 0 is malformed anyway
+BLOCK_ENTRIES = 1 << 15
+
+METRIC_COLUMNS = (
+    "student_logp_sampled", "teacher_logp_sampled", "sampled_reverse_kl", "sampled_teacher_adv",
+    "student_top1_id", "teacher_top1_id", "student_top1_prob", "teacher_top1_prob",
+    "student_topk_mass", "teacher_topk_mass", "Hs_topk", "Ht_topk", "Hs_topk_norm", "Ht_topk_norm",
+    "KLf_union", "KLr_union", "Cmass", "Cmass_topk", "Cmass_true", "Cmass_exact", "Coverlap", "CBC", "Cprefix_ema",
+    "reach_t1", "target_in_student_topk", "target_in_teacher_topk", "target_student_rank", "target_teacher_rank",
+)  # fmt: skip
+_INT8 = ("Cmass_exact", "reach_t1", "target_in_student_topk", "target_in_teacher_topk")
+_INT32 = ("student_top1_id", "teacher_top1_id", "target_student_rank", "target_teacher_rank")
+
+
+def token_metrics(
+    student: TopK,
+    teacher: TopK,
+    *,
+    sampled_ids,
+    student_logprobs,
+    teacher_logprobs,
+    response_lengths,
+    support: str = "union_floor",
+    prefix_ema_alpha: float = 0.9,
+    teacher_at_student_ids: np.ndarray | None = None,
+    partly_exact: bool = False,
+    exact: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """All metric columns of the token bank, each [T], T = sum(response_lengths).
+
+    student, teacher: top-K of every response position, the samples one after another. sampled_ids [T]: the sampled tokens.
+    student_logprobs, teacher_logprobs [T]: log-probs of the sampled tokens (NaN where unknown). response_lengths [N].
+    support: see the module. prefix_ema_alpha: weight of the past in `Cprefix_ema`, e_t = alpha*e_(t-1) + (1-alpha)*C_t.
+    teacher_at_student_ids [T, K]: teacher log-probs at the student's ids, NaN where unknown; a row known in full has an exact C
+    (`Cmass_exact` 1, `Cmass` = `Cmass_true`). A row known in part is exact only with `partly_exact` (the released way: what is unknown
+    counts 0). exact: full-vocabulary "H" (nats), "KLf", "KLr", "C", each [T], and optionally "vocab_size" (then
+    Hs_topk_norm = H / ln(vocab_size), else H) and "CBC"; needed when support is "exact".
+
+    Floats are float64 when either TopK is (every released value is met within 1e-9), else float32. Encodings: no top-1 -1, no rank 0,
+    unknown `Cmass_true` NaN, flags int8. Raises DataError on lengths or K that do not match, ConfigError on an unknown support.
+    """
+    lengths_N = np.asarray(response_lengths, np.int64)
+    T = int(lengths_N.sum())
+    _check_inputs(student, teacher, T, support, exact)
+    dtype = np.result_type(student.logprobs, teacher.logprobs)
+    out = _allocate(T, dtype)
+    out["student_logp_sampled"][:] = _row_values(student_logprobs, T, "student_logprobs", dtype)
+    out["teacher_logp_sampled"][:] = _row_values(teacher_logprobs, T, "teacher_logprobs", dtype)
+    sampled_T = _row_values(sampled_ids, T, "sampled_ids", np.int64)
+    with np.errstate(invalid="ignore"):
+        out["sampled_reverse_kl"][:] = out["student_logp_sampled"] - out["teacher_logp_sampled"]
+    out["sampled_reverse_kl"][~np.isfinite(out["sampled_reverse_kl"])] = np.nan
+    np.negative(out["sampled_reverse_kl"], out=out["sampled_teacher_adv"])
+
+    rows = max(64, BLOCK_ENTRIES // (2 * max(student.K, 1)))
+    match = _match_in_order if dtype == np.float64 else _match_sorted
+    for start in range(0, T, rows):
+        block = slice(start, min(start + rows, T))
+        view = {name: values[block] for name, values in out.items()}
+        _block_metrics(student[block], teacher[block], sampled_T[block], support, match, view)
+    _exact_mass(out, student, teacher_at_student_ids, partly_exact)
+    if support == "exact":
+        _full_vocabulary(out, exact, T)
+    _prefix_ema(out["Cmass"], lengths_N, prefix_ema_alpha, out["Cprefix_ema"])
+    return out
+
+
+def position_columns(response_lengths) -> dict[str, np.ndarray]:
+    """Where each token is: `tok_pos` int32 within its response, `pos_norm` = tok_pos / max(length - 1, 1), `sample` int32, each [T]."""
+    lengths_N = np.asarray(response_lengths, np.int64)
+    sample_T = np.repeat(np.arange(lengths_N.size, dtype=np.int32), lengths_N)
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    tok_pos_T = (np.arange(sample_T.size) - np.repeat(starts_N, lengths_N)).astype(np.int32)
+    return {
+        "tok_pos": tok_pos_T,
+        "pos_norm": tok_pos_T / np.repeat(np.maximum(lengths_N - 1, 1), lengths_N),
+        "sample": sample_T,
+    }
+
+
+def _check_inputs(student: TopK, teacher: TopK, T: int, support: str, exact) -> None:
+    if support not in SUPPORTS:
+        raise ConfigError(f"divergence support: expected one of {', '.join(SUPPORTS)}, got {support!r}")
+    for side, topk in (("student", student), ("teacher", teacher)):
+        if topk.T != T:
+            raise DataError(f"{side} top-k: expected {T} positions (the sum of the response lengths), got {topk.T}")
+    if student.K != teacher.K:
+        raise DataError(f"top-k: student has K = {student.K}, teacher has K = {teacher.K}; ask both for the same K")
+    if support == "exact":
+        missing = [name for name in ("H", "KLf", "KLr", "C") if exact is None or name not in exact]
+        if missing:
+            raise DataError(f"support 'exact' needs full-vocabulary {', '.join(missing)} in exact={{...}}")
+
+
+def _row_values(values, T: int, name: str, dtype) -> np.ndarray:
+    values_T = np.full(T, np.nan, dtype) if values is None else np.asarray(values, dtype)
+    if values_T.shape != (T,):
+        raise DataError(f"{name}: expected {T} values (the sum of the response lengths), got shape {values_T.shape}")
+    return values_T
+
+
+def _allocate(T: int, dtype) -> dict[str, np.ndarray]:
+    kinds = dict.fromkeys(_INT8, np.int8) | dict.fromkeys(_INT32, np.int32)
+    return {name: np.zeros(T, kinds.get(name, dtype)) for name in METRIC_COLUMNS}
+
+
+def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, match, out: dict) -> None:
+    student, teacher = _usable(student), _usable(teacher)
+    p_sides, mass_sides, active_sides = [], [], []
+    for name, short, topk in (("student", "Hs", student), ("teacher", "Ht", teacher)):
+        p_BK = np.exp(np.minimum(topk.logprobs, MAX_LOGPROB))
+        mass_B = _row_sum(p_BK)
+        out[f"{name}_topk_mass"][:] = np.clip(mass_B, 0.0, 1.0)
+        _entropy(p_BK, mass_B, out[f"{short}_topk"], out[f"{short}_topk_norm"])
+        if topk.K:
+            out[f"{name}_top1_id"][:] = topk.ids[:, 0]
+            out[f"{name}_top1_prob"][:] = p_BK[:, 0]
+        hit_BK = (topk.ids == sampled_B[:, None]) & (topk.ids >= 0)
+        out[f"target_in_{name}_topk"][:] = hit_BK.any(axis=1)
+        if topk.K:
+            out[f"target_{name}_rank"][:] = (hit_BK.argmax(axis=1) + 1) * out[f"target_in_{name}_topk"]
+        p_sides.append(p_BK)
+        mass_sides.append(mass_B)
+        active_sides.append(topk.ids >= 0)
+    if student.K == 0:
+        return
+    out["reach_t1"][:] = ((student.ids == teacher.ids[:, :1]) & active_sides[0]).any(axis=1)
+    p_student_BU, p_teacher_BU, active_BU, both_BU = match(student.ids, teacher.ids, *p_sides)
+    num_both_B = both_BU.sum(axis=1)
+    out["Coverlap"][:] = num_both_B / student.K
+    out["Cmass_topk"][:] = np.clip(_row_sum(np.where(both_BU, p_teacher_BU, 0)), 0.0, 1.0)
+    out["Cmass"][:] = out["Cmass_topk"]
+    _divergences(
+        p_student_BU, p_teacher_BU, active_BU, mass_sides, p_sides,
+        [active.sum(axis=1) for active in active_sides], num_both_B, support == "union_tail", out,
+    )  # fmt: skip
+
+
+def _usable(topk: TopK) -> TopK:
+    """Entries with an id and a finite log-prob, as `TopK.from_lists` leaves them; hand-made arrays may need repair."""
+    if ((topk.ids >= 0) == np.isfinite(topk.logprobs)).all():
+        return topk
+    return topk.checked()
+
+
+def _row_sum(x_BU: np.ndarray) -> np.ndarray:
+    """Sum of each row. In float64 from left to right, so that equal rows written in one order give equal bits."""
+    if x_BU.dtype != np.float64:
+        return x_BU.sum(axis=1)
+    total_B = np.zeros(x_BU.shape[0])
+    for column in range(x_BU.shape[1]):
+        total_B += x_BU[:, column]
+    return total_B
+
+
+def _entropy(p_BK, mass_B, entropy_B, normalised_B) -> None:
+    """Entropy (nats) of each row divided by its mass, and the same over ln(max(number of p > 0, 2)); 0 for a row without mass."""
+    q_BK = p_BK / np.where(mass_B > 0, mass_B, 1)[:, None]
+    entropy_B[:] = -_row_sum(q_BK * np.log(np.maximum(q_BK, EPS)))
+    np.maximum(entropy_B, 0, out=entropy_B)
+    np.divide(entropy_B, np.log(np.maximum((p_BK > 0).sum(axis=1), 2)), out=normalised_B)
+
+
+def _match_in_order(student_ids, teacher_ids, p_student, p_teacher):
+    """Union slots in the order student entries, then teacher-only entries.
+
+    Returns (student p, teacher p, active, in both), each [B, 2K]; a side's p is 0 where it did not return the id.
+    """
+    B, K = student_ids.shape
+    ids_BU = np.concatenate([student_ids, teacher_ids], axis=1).astype(np.int64)
+    keys_BU = (ids_BU << 32) | np.arange(2 * K)
+    keys_BU.sort(axis=1)
+    same_BU = ((keys_BU[:, 1:] >> 32) == (keys_BU[:, :-1] >> 32)) & (keys_BU[:, 1:] >= 0)
+    rows, columns = np.nonzero(same_BU)
+    at_student = keys_BU[rows, columns] & 0xFFFFFFFF
+    at_teacher = keys_BU[rows, columns + 1] & 0xFFFFFFFF
+    p_student_BU, p_teacher_BU = np.zeros((B, 2 * K)), np.zeros((B, 2 * K))
+    p_student_BU[:, :K] = p_student
+    p_teacher_BU[:, K:] = p_teacher
+    p_teacher_BU[rows, at_student] = p_teacher_BU[rows, at_teacher]
+    active_BU = ids_BU >= 0
+    active_BU[rows, at_teacher] = False
+    p_teacher_BU[rows, at_teacher] = 0
+    both_BU = np.zeros((B, 2 * K), bool)
+    both_BU[rows, at_student] = True
+    return p_student_BU, p_teacher_BU, active_BU, both_BU
+
+
+_match_sorted = _match_in_order
+
+
+def _divergences(p_student_BU, p_teacher_BU, active_BU, mass_sides, p_sides, counts, num_both_B, tail: bool, out) -> None:
+    q_sides, rests = [], []
+    both_sides = zip((p_student_BU, p_teacher_BU), mass_sides, p_sides, counts, reversed(counts), strict=True)
+    for p_BU, mass_B, p_BK, count_B, other_count_B in both_sides:
+        safe_B = np.where(mass_B > 0, mass_B, 1)
+        if tail:
+            num_missing_B = other_count_B - num_both_B
+            left_B = np.maximum(1 - mass_B, TAIL_RESOLUTION).astype(p_BU.dtype)
+            smallest_B = p_BK[np.arange(len(p_BK)), np.maximum(count_B - 1, 0)]
+            missing_B = np.minimum(smallest_B, left_B / (num_missing_B + 1))
+            total_B = safe_B + left_B
+            floor_B = missing_B / total_B
+            rests.append((left_B - num_missing_B * missing_B) / total_B)
+        else:
+            total_B, floor_B = safe_B, np.asarray(EPS, p_BU.dtype)[None]
+        q_sides.append(np.maximum(p_BU / total_B[:, None], floor_B[:, None]))
+    q_student_BU, q_teacher_BU = q_sides
+    ratio_BU = np.log(q_teacher_BU)
+    ratio_BU -= np.log(q_student_BU)
+    ratio_BU *= active_BU
+    forward_B = _row_sum(q_teacher_BU * ratio_BU)
+    reverse_B = -_row_sum(q_student_BU * ratio_BU)
+    overlap_B = _row_sum(np.sqrt(q_student_BU * q_teacher_BU) * active_BU)
+    if tail:
+        rest_ratio_B = np.log(rests[1]) - np.log(rests[0])
+        forward_B += rests[1] * rest_ratio_B
+        reverse_B -= rests[0] * rest_ratio_B
+        overlap_B += np.sqrt(rests[0] * rests[1])
+    known_B = (mass_sides[0] > 0) & (mass_sides[1] > 0)
+    for name, values_B in (("KLf_union", forward_B), ("KLr_union", reverse_B), ("CBC", overlap_B)):
+        out[name][:] = np.where(known_B, values_B, 0)
+
+
+def _exact_mass(out: dict, student: TopK, teacher_at_student_ids, partly_exact: bool) -> None:
+    """C from the teacher's log-probs at the student's ids, where known (paper eq. 4, without the bound of eq. 17)."""
+    out["Cmass_true"].fill(np.nan)
+    if teacher_at_student_ids is None:
+        return
+    known = np.asarray(teacher_at_student_ids)
+    if known.shape != student.ids.shape:
+        raise DataError(f"teacher_at_student_ids: expected shape {student.ids.shape}, got {known.shape}")
+    if student.K == 0:
+        return
+    rows = max(64, BLOCK_ENTRIES // student.K)
+    for start in range(0, student.T, rows):
+        block = slice(start, start + rows)
+        given_BK = ~np.isnan(known[block])
+        real_BK = student.ids[block] != PAD_ID
+        any_B = given_BK.any(axis=1)
+        exact_B = any_B if partly_exact else any_B & (given_BK | ~real_BK).all(axis=1)
+        p_BK = np.exp(np.minimum(np.where(given_BK & real_BK, known[block], -np.inf), MAX_LOGPROB))
+        mass_B = np.clip(_row_sum(p_BK), 0.0, 1.0)
+        out["Cmass_exact"][block] = exact_B
+        out["Cmass_true"][block][exact_B] = mass_B[exact_B]
+        out["Cmass"][block][exact_B] = mass_B[exact_B]
+
+
+def _full_vocabulary(out: dict, exact: Mapping, T: int) -> None:
+    names = {"H": "Hs_topk", "KLf": "KLf_union", "KLr": "KLr_union", "C": "Cmass", "CBC": "CBC"}
+    for name, column in names.items():
+        if name in exact:
+            out[column][:] = _row_values(exact[name], T, f"exact[{name!r}]", out[column].dtype)
+    out["Cmass_true"][:] = out["Cmass"]
+    out["Cmass_exact"][:] = 1
+    vocab_size = exact.get("vocab_size")
+    out["Hs_topk_norm"][:] = out["Hs_topk"] / (np.log(vocab_size) if vocab_size else 1.0)
+
+
+def _prefix_ema(c_T, lengths_N, alpha: float, ema_T) -> None:
+    """Exponential mean of C over the prefix, per sample; all samples step together, longest first."""
+    if c_T.size == 0:
+        return
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    order_N = np.argsort(-lengths_N, kind="stable")
+    order_N = order_N[lengths_N[order_N] > 0]
+    starts_N, lengths_N = starts_N[order_N], lengths_N[order_N]
+    state_N = c_T[starts_N].astype(np.float64)
+    ema_T[starts_N] = state_N
+    alive = len(starts_N)
+    for position in range(1, int(lengths_N[0])):
+        while lengths_N[alive - 1] <= position:
+            alive -= 1
+        at_N = starts_N[:alive] + position
+        state_N = alpha * state_N[:alive] + (1 - alpha) * c_T[at_N]
+        ema_T[at_N] = state_N

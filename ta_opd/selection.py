@@ -1,0 +1,455 @@
+"""Which tokens of a rollout batch are kept: one budget, one ranking, every response with a voice.
+
+Shape suffixes: T tokens of the batch (samples one after another), N samples, C candidates.
+
+How a selection is made: the selector gives a score [T] (and perhaps candidates and weights); candidates are ranked by score, ties by
+position in the response, then by row; the budget's worth of the best are kept. Min-keep gives every response with a valid token at least
+`min_keep` kept tokens, either inside the budget (its best tokens go first) or on top of it (as released).
+"""
+
+import math
+import random as python_random
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+
+import numpy as np
+
+from ta_opd.errors import ConfigError, DataError
+from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, entropy_median_is_degenerate
+import ta_opd.selectors  # noqa: F401  (registers the published rules)
+from ta_opd.selectors.registry import (
+    Batch,
+    Scored,
+    Selector,
+    get_selector,
+    list_selectors,
+    load_selector,
+    register_selector,
+    resolve_mask,
+)
+from ta_opd.topk import TopK
+
+__all__ = [
+    "MASK_CHOICES", "METHOD_ALIASES", "RELEASED_MASKS", "Selection", "SelectionConfig", "exact_ceil", "list_selectors",
+    "register_selector", "resolve_mask", "select_tokens",
+]  # fmt: skip
+
+RELEASED_MASKS = (
+    "none", "full", "random", "entropy", "divergence", "tip", "compatibility", "ca_softor", "split_budget_ca", "q3",
+    "q3_highc", "q3_lowc", "dlearn_high", "teachability", "teachability_high", "q3_teachability_high",
+    "q3_teachability_low", "q3_dlearn_high", "q3_dlearn_low", "q3_dincompat_high", "dincompat_high",
+)  # fmt: skip
+
+METHOD_ALIASES = {
+    **dict.fromkeys(("pure_opd", "full_opd", "full", "none"), "full"),
+    **dict.fromkeys(("teachability", "teachability_high", "dlearn", "dlearn_high"), "dlearn_high"),
+    **dict.fromkeys(("entropy", "high_entropy"), "entropy"),
+    **dict.fromkeys(("teachability_entropy", "entropy_teachability", "ta_softor", "dlearn_entropy"), "ca_softor"),
+    **dict.fromkeys(("teachability_entropy_split", "entropy_teachability_split", "ta_split"), "split_budget_ca"),
+    **dict.fromkeys(("tip", "tip_softor"), "tip"),
+    **dict.fromkeys(("q3_highc", "q3_highC"), "q3_highc"),
+    **dict.fromkeys(("divergence", "high_d", "raw_d"), "divergence"),
+    **dict.fromkeys(("compatibility", "high_c"), "compatibility"),
+}
+METHOD_ALIASES |= {mask: mask for mask in RELEASED_MASKS if mask not in METHOD_ALIASES}
+
+# What each profile sets where the user set nothing; every key is a field of SelectionConfig.
+PROFILE_DEFAULTS = {
+    "paper": {
+        "population": "valid", "softor_source": "dlearn", "quadrant_cut": "rank", "scope": "batch", "rounding": "ceil",
+        "min_keep_rule": "inside", "min_keep_score": "own", "low_ties": "earlier", "random_source": "rollout",
+        "reported_score": "ranking",
+    },
+    "released": {
+        "population": "all", "softor_source": "dc", "quadrant_cut": "median", "scope": "batch", "rounding": "float_ceil",
+        "min_keep_rule": "on_top", "min_keep_score": "ca_softor", "low_ties": "later", "random_source": "shuffle",
+        "reported_score": "released",
+    },
+}  # fmt: skip
+_CHOICES = {
+    "scope": ("batch", "response"),
+    "rounding": ("ceil", "floor", "float_ceil"),
+    "min_keep_rule": ("inside", "on_top"),
+    "min_keep_score": ("own", "ca_softor"),
+    "low_ties": ("earlier", "later"),
+    "random_source": ("rollout", "shuffle"),
+    "reported_score": ("ranking", "released"),
+}
+# Field of SelectionConfig -> attribute of the command line's namespace.
+_ARGUMENT = {
+    "mask": "opd_budget_mask", "ratio": "opd_budget_ratio", "gamma": "opd_budget_gamma",
+    "seed": "opd_budget_mask_seed", "min_keep": "opd_budget_min_keep_per_sample", "selector_path": "opd_selector_path",
+    "profile": "opd_profile", "proxy": "opd_compat_proxy", "normalization": "opd_metric_normalization",
+    "q_low": "opd_metric_q_low", "q_high": "opd_metric_q_high", "population": "opd_metric_population",
+    "softor_source": "opd_softor_source", "quadrant_cut": "opd_quadrant_cut", "scope": "opd_budget_scope",
+    "rounding": "opd_budget_rounding", "min_keep_rule": "opd_budget_min_keep_rule",
+    "min_keep_score": "opd_budget_min_keep_score", "low_ties": "opd_budget_low_ties",
+    "random_source": "opd_budget_random_source", "reported_score": "opd_budget_reported_score",
+}  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name == "MASK_CHOICES":
+        return tuple(dict.fromkeys([*RELEASED_MASKS, *(s.name for s in list_selectors())]))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Everything that decides a selection. A field left None takes the selector's own recipe, else the profile's value.
+
+    mask: selector name or alias; selector_path: a user's own function instead. ratio in (0, 1]; gamma in [0, 1] (entropy share of
+    split_budget_ca); seed for random rules; min_keep >= 0 tokens for every response with a valid token.
+    scope: one budget for the `batch` (paper eq. 13) or one per `response`. rounding of n_valid*ratio: exact `ceil`, `floor` (at least 1 in
+    both), or `float_ceil` (the released one: 100*0.07 gives 8). min_keep_rule: `inside` the budget or `on_top`. min_keep_score: the
+    selector's `own` or `ca_softor`. low_ties: which position wins a tie of a lowest-first rule. random_source: draw keyed by
+    (seed, `rollout` id), or the released `shuffle`. reported_score: budget_score is the `ranking` score or has the `released` quirks.
+    The rest: see ScoreConfig. Raises ConfigError with what was expected.
+    """
+
+    mask: str = "none"
+    ratio: float = 1.0
+    gamma: float = 0.5
+    seed: int = 42
+    min_keep: int = 1
+    selector_path: str | None = None
+    profile: str = "paper"
+    proxy: str = "mass"
+    normalization: str | None = None
+    q_low: float | None = None
+    q_high: float | None = None
+    population: str | None = None
+    softor_source: str | None = None
+    quadrant_cut: str | None = None
+    scope: str | None = None
+    rounding: str | None = None
+    min_keep_rule: str | None = None
+    min_keep_score: str | None = None
+    low_ties: str | None = None
+    random_source: str | None = None
+    reported_score: str | None = None
+
+    def __post_init__(self):
+        _choice("profile", self.profile, PROFILES)
+        recipe = self.selector.defaults if self.profile == "paper" else {}
+        defaults = {"normalization": "batch_quantile", "q_low": 0.05, "q_high": 0.95}
+        for name, value in {**defaults, **PROFILE_DEFAULTS[self.profile], **recipe}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, allowed in _CHOICES.items():
+            _choice(f"budget {name}", getattr(self, name), allowed)
+        if not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
+            raise ConfigError(f"budget ratio: expected a number in (0, 1], got {self.ratio!r}")
+        if not 0 <= self.gamma <= 1:
+            raise ConfigError(f"budget gamma: expected a number in [0, 1], got {self.gamma!r}")
+        if self.min_keep < 0:
+            raise ConfigError(f"min-keep per sample: expected 0 (off) or more, got {self.min_keep!r}")
+        self.score_config()
+
+    @property
+    def selector(self) -> Selector:
+        return load_selector(self.selector_path) if self.selector_path else get_selector(self.mask)
+
+    def score_config(self) -> ScoreConfig:
+        return ScoreConfig(**{f.name: getattr(self, f.name) for f in fields(ScoreConfig)})
+
+    @classmethod
+    def from_args(cls, args) -> "SelectionConfig":
+        """From an argparse.Namespace (or any object) with `opd_*` attributes; missing or None attributes take the defaults."""
+        given = {name: getattr(args, attribute, None) for name, attribute in _ARGUMENT.items()}
+        return cls(**{name: value for name, value in given.items() if value is not None and value != ""})
+
+    def resolved(self) -> dict:
+        """All fields with their final values, for logs and the bank's config.json."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """keep [T] bool; weights [T] float32, 0 where not kept; columns: score columns and budget_*, each [T]; the rest counts and notes."""
+
+    keep: np.ndarray
+    weights: np.ndarray
+    columns: dict[str, np.ndarray]
+    budget: int
+    num_valid: int
+    summary: dict = field(default_factory=dict)
+
+
+def select_tokens(
+    metrics: dict[str, np.ndarray],
+    valid,
+    response_lengths,
+    config: SelectionConfig,
+    *,
+    rollout_id: int = 0,
+    student: TopK | None = None,
+    teacher: TopK | None = None,
+    sampled_ids=None,
+) -> Selection:
+    """Scores of the batch and the tokens to keep.
+
+    metrics: columns of `token_metrics`, each [T]. valid [T]: positions that may be trained on. response_lengths [N], sum T. rollout_id: the
+    true one; random rules are keyed by it. student, teacher, sampled_ids: needed by selectors that look at the raw top-K (`ier`).
+    Nothing valid gives an empty selection and a warning in the summary. Raises DataError on lengths that do not match.
+    """
+    lengths_N = np.asarray(response_lengths, np.int64)
+    valid_T = np.asarray(valid).astype(bool, copy=False)
+    T = int(lengths_N.sum())
+    if valid_T.shape != (T,):
+        raise DataError(f"valid: expected {T} positions (the sum of the response lengths), got shape {valid_T.shape}")
+    wrong = {name: np.shape(column) for name, column in metrics.items() if np.shape(column) != (T,)}
+    if wrong:
+        raise DataError(f"metrics: expected {T} values in every column, got {wrong}")
+    columns = batch_scores(metrics, valid_T, config.score_config())
+    selector = config.selector
+    sample_T = np.repeat(np.arange(lengths_N.size, dtype=np.int32), lengths_N)
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    tok_pos_T = (np.arange(T) - np.repeat(starts_N, lengths_N)).astype(np.int32)
+    key = [int(config.seed) & 0xFFFFFFFFFFFFFFFF, int(rollout_id) & 0xFFFFFFFFFFFFFFFF]
+    batch = Batch(
+        columns, valid_T, lengths_N, sample_T, tok_pos_T, config, int(rollout_id), np.random.default_rng(key),
+        student, teacher, None if sampled_ids is None else np.asarray(sampled_ids),
+    )  # fmt: skip
+    warnings: list[str] = []
+    num_valid = int(valid_T.sum())
+    if num_valid == 0:
+        warnings.append("no valid token in the batch: nothing is kept")
+        picked = _Picked.nothing(T)
+    elif selector.name == "none" or (config.ratio >= 1 and config.profile == "released"):
+        picked = _Picked(valid_T, np.ones(T, np.float32), np.zeros(T, np.float32), num_valid, 0)
+    else:
+        picked = _pick(batch, selector, config, warnings)
+    if config.quadrant_cut == "rank" and num_valid:
+        chosen = valid_T if config.population == "valid" else np.ones(T, bool)
+        if entropy_median_is_degenerate(columns, chosen):
+            warnings.append("at least half of the tokens share the lowest H_norm: quadrants use the rank of the entropy")
+    name = config.selector_path or config.mask
+    scores = {column: values for column, values in columns.items() if column not in metrics}
+    scores |= {
+        "budget_method": np.broadcast_to(np.array(name, dtype=object), (T,)),
+        "budget_ratio": np.broadcast_to(np.float64(config.ratio), (T,)),
+        "budget_score": picked.reported,
+        "budget_keep": picked.keep,
+    }
+    weights_T = picked.weights.astype(np.float32) * picked.keep
+    summary = _summary(columns, picked, valid_T, num_valid, config, name, warnings)
+    return Selection(picked.keep, weights_T, scores, picked.budget, num_valid, summary)
+
+
+def exact_ceil(count: int, ratio: float) -> int:
+    """ceil(count * ratio) with the ratio taken as the decimal number it was written as: 100 * 0.07 gives 7."""
+    return math.ceil(count * Fraction(repr(float(ratio))))
+
+
+def _budget(count: int, config: SelectionConfig) -> int:
+    if count == 0:
+        return 0
+    if config.rounding == "float_ceil":
+        return max(1, math.ceil(count * config.ratio))
+    if config.rounding == "floor":
+        return max(1, math.floor(count * Fraction(repr(float(config.ratio)))))
+    return max(1, exact_ceil(count, config.ratio))
+
+
+@dataclass
+class _Picked:
+    keep: np.ndarray
+    weights: np.ndarray
+    reported: np.ndarray
+    budget: int
+    forced: int
+
+    @classmethod
+    def nothing(cls, T: int) -> "_Picked":
+        return cls(np.zeros(T, bool), np.zeros(T, np.float32), np.zeros(T, np.float32), 0, 0)
+
+
+def _pick(batch: Batch, selector: Selector, config: SelectionConfig, warnings: list[str]) -> _Picked:
+    """Run the selector, then the budget and min-keep over the batch or over every response."""
+    T = batch.valid.size
+    answer = selector.function(batch)
+    answer = answer if isinstance(answer, Scored) else Scored(np.asarray(answer))
+    score_T = _checked(answer.score, T, selector.name, "score")
+    candidates_T = batch.valid if answer.candidates is None else batch.valid & np.asarray(answer.candidates, bool)
+    if selector.candidates == "q3":
+        candidates_T = candidates_T & (batch["quadrant"] == 3)
+    released_random = selector.name == "random" and config.random_source == "shuffle"
+    if released_random:
+        score_T = _shuffled_priority(batch.valid, config.seed + batch.rollout_id)
+    low = selector.direction == "low"
+    order = _Order(-score_T if low else score_T, batch.tok_pos, low and config.low_ties == "later")
+    split = selector.name == "split_budget_ca"
+    spans = [slice(0, T)] if config.scope == "batch" else _spans(batch.response_lengths)
+    keep_T, forced_T, total = np.zeros(T, bool), np.zeros(T, bool), 0
+    # A rule that gives its own candidates decides which responses are heard at all, so min-keep stays within them.
+    voiced_T = batch.valid if answer.candidates is None else candidates_T
+    for span in spans:
+        budget = _budget(int(batch.valid[span].sum()), config)
+        total += budget
+        if budget == 0:
+            continue
+        ranked = _split(batch, config, span) if split else _plain(order, candidates_T, span)
+        if config.min_keep_rule == "inside" and config.min_keep > 0:
+            forced_T[span] = _reserve(batch, order, candidates_T, voiced_T, config, span, budget)
+        keep_T[span] = forced_T[span]
+        ranked(keep_T, budget)
+    if config.min_keep_rule == "on_top" and config.min_keep > 0:
+        _top_up(batch, order, voiced_T, config, keep_T, forced_T)
+    kept = int(keep_T.sum())
+    if kept < total:
+        warnings.append(f"only {kept} of a budget of {total} tokens are candidates of {selector.name!r}")
+    reported_T = _reported(score_T, selector, released_random, config)
+    weights_T = np.ones(T, np.float32) if answer.weights is None else _checked(answer.weights, T, selector.name, "weight")
+    return _Picked(keep_T, weights_T, reported_T, total, int(forced_T.sum()))
+
+
+def _checked(values, T: int, name: str, what: str) -> np.ndarray:
+    values_T = np.asarray(values)
+    if values_T.shape != (T,):
+        raise DataError(f"selector {name!r}: expected a {what} for each of {T} tokens, got shape {values_T.shape}")
+    if values_T.dtype == bool or values_T.dtype.kind in "iu":
+        values_T = values_T.astype(np.float64)
+    if np.isnan(values_T).any():
+        raise DataError(f"selector {name!r}: {int(np.isnan(values_T).sum())} of {T} {what}s are NaN; give 0 instead")
+    return values_T
+
+
+@dataclass
+class _Order:
+    """A ranking: larger score first; ties: smaller tok_pos (or larger, `late_first`), then the earlier row."""
+
+    score: np.ndarray
+    tok_pos: np.ndarray
+    late_first: bool = False
+
+    def best(self, rows_C: np.ndarray, count: int) -> np.ndarray:
+        """The `count` best of `rows_C` (ascending row numbers), in no particular order."""
+        if count >= rows_C.size:
+            return rows_C
+        if count <= 0:
+            return rows_C[:0]
+        score_C = self.score[rows_C]
+        threshold = np.partition(score_C, rows_C.size - count)[rows_C.size - count]
+        above_C = rows_C[score_C > threshold]
+        tied_C = rows_C[score_C == threshold]
+        missing = count - above_C.size
+        if missing < tied_C.size:
+            place_C = self.tok_pos[tied_C]
+            tied_C = tied_C[np.argsort(-place_C if self.late_first else place_C, kind="stable")[:missing]]
+        return np.concatenate([above_C, tied_C])
+
+
+def _plain(order: _Order, candidates_T, span: slice):
+    def fill(keep_T, budget: int) -> None:
+        free_C = np.flatnonzero(candidates_T[span] & ~keep_T[span]) + span.start
+        keep_T[order.best(free_C, budget - int(keep_T[span].sum()))] = True
+
+    return fill
+
+
+def _split(batch: Batch, config: SelectionConfig, span: slice):
+    """round(budget * gamma) by H_norm, the rest by split_ca_score, any shortfall by ca_softor_score."""
+
+    def fill(keep_T, budget: int) -> None:
+        entropy_share = min(max(round(budget * config.gamma), 0), budget)
+        chosen = np.zeros(span.stop - span.start, bool)
+        # The plan is made without looking at reserved tokens, so that min-keep only displaces the plan's last ones.
+        for column, count in (("H_norm", entropy_share), ("split_ca_score", budget), ("ca_softor_score", budget)):
+            free_C = np.flatnonzero(batch.valid[span] & ~chosen & ~keep_T[span]) + span.start
+            room = budget - int(keep_T[span].sum())
+            best_C = _Order(batch[column], batch.tok_pos).best(free_C, min(count - int(chosen.sum()), room))
+            chosen[best_C - span.start] = True
+            keep_T[best_C] = True
+
+    return fill
+
+
+def _spans(lengths_N) -> list[slice]:
+    ends = np.cumsum(lengths_N).tolist()
+    return [slice(end - length, end) for end, length in zip(ends, lengths_N.tolist(), strict=True) if length > 0]
+
+
+def _reserve(batch: Batch, order: _Order, candidates_T, voiced_T, config: SelectionConfig, span: slice, budget: int) -> np.ndarray:
+    """The best `min_keep` tokens of every response, at most `budget` in all, as a mask over the span.
+
+    By the selector's own order with its candidates first (or by ca_softor). When even these exceed the budget, every response's best comes
+    before any response's second, better scores first.
+    """
+    T = batch.valid.size
+    by = order if config.min_keep_score == "own" else _Order(batch["ca_softor_score"], batch.tok_pos)
+    inner = _spans(batch.response_lengths) if config.scope == "batch" else [span]
+    reserved = np.zeros(T, bool)
+    room = budget
+    for _ in range(config.min_keep):
+        winners = []
+        for response in inner:
+            own_T = candidates_T if config.min_keep_score == "own" else voiced_T
+            free_C = np.flatnonzero(own_T[response] & ~reserved[response])
+            if free_C.size == 0:
+                free_C = np.flatnonzero(voiced_T[response] & ~reserved[response])
+            if free_C.size:
+                winners.append(by.best(free_C + response.start, 1))
+        if not winners or room == 0:
+            break
+        winners_C = np.sort(np.concatenate(winners))
+        first_C = winners_C[candidates_T[winners_C]]
+        chosen_C = by.best(first_C, room)
+        chosen_C = np.concatenate([chosen_C, by.best(winners_C[~candidates_T[winners_C]], room - chosen_C.size)])
+        reserved[chosen_C] = True
+        room -= chosen_C.size
+    return reserved[span]
+
+
+def _top_up(batch: Batch, order: _Order, voiced_T, config: SelectionConfig, keep_T, forced_T) -> None:
+    """Add tokens until every response with a valid token has `min_keep`, beyond the budget."""
+    by = order if config.min_keep_score == "own" else _Order(batch["ca_softor_score"], batch.tok_pos)
+    for response in _spans(batch.response_lengths):
+        missing = config.min_keep - int(keep_T[response].sum())
+        if missing > 0:
+            free_C = np.flatnonzero(voiced_T[response] & ~keep_T[response]) + response.start
+            added_C = by.best(free_C, missing)
+            keep_T[added_C] = True
+            forced_T[added_C] = True
+
+
+def _shuffled_priority(valid_T, seed: int) -> np.ndarray:
+    """The released draw: the standard library's shuffle of the valid rows, the first of them best."""
+    rows = np.flatnonzero(valid_T).tolist()
+    python_random.Random(seed).shuffle(rows)
+    priority_T = np.zeros(valid_T.size)
+    priority_T[rows] = np.arange(len(rows), 0, -1)
+    return priority_T
+
+
+def _reported(score_T, selector: Selector, released_random: bool, config: SelectionConfig) -> np.ndarray:
+    if released_random or (config.reported_score == "released" and selector.name == "random"):
+        return np.zeros(score_T.size, np.float32)
+    if config.reported_score == "released" and selector.direction == "low":
+        return 1 - score_T
+    return score_T
+
+
+def _summary(columns, picked: _Picked, valid_T, num_valid: int, config, name: str, warnings) -> dict:
+    kept = int(picked.keep.sum())
+    summary = {
+        "num_tokens": int(valid_T.size),
+        "num_valid_tokens": num_valid,
+        "num_kept_tokens": kept,
+        "keep_ratio": kept / num_valid if num_valid else 0.0,
+        "budget": picked.budget,
+        "forced_tokens": picked.forced,
+        "q3_tokens": int(((columns["quadrant"] == 3) & valid_T).sum()),
+        "budget_method": name,
+        "budget_ratio": config.ratio,
+        "warnings": warnings,
+    }
+    for column in ("H_norm", "D_norm", "C_norm", "tip_score", "ca_softor_score", "reach_t1", "Cmass_exact"):
+        if column in columns:
+            summary[f"mean_{column}"] = float(columns[column][valid_T].mean(dtype=np.float64)) if num_valid else 0.0
+    return summary
+
+
+def with_mask(config: SelectionConfig, mask: str, ratio: float) -> SelectionConfig:
+    """The same settings for another selector and ratio (fields that the old selector's recipe set stay)."""
+    return replace(config, mask=mask, ratio=ratio)
