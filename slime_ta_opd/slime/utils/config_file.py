@@ -13,7 +13,7 @@ import yaml
 
 from ta_opd.errors import ConfigError
 
-SECRET_WORDS = ("api_key", "token", "password", "secret")
+SECRETS = ("sglang_api_key",)
 
 
 def json_value(text: str) -> Any:
@@ -34,7 +34,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         if path:
             parser.set_defaults(**load(parser, path))
     args, unknown = parser.parse_known_args(argv)
-    args.sglang_passthrough = _sglang_passthrough(parser, unknown)
+    args.sglang_passthrough = args.sglang_passthrough + _sglang_passthrough(parser, unknown)
+    args.flag_names = sorted(a.dest for a in parser._actions if a.option_strings and a.dest != "help")
     return args
 
 
@@ -103,13 +104,8 @@ def _sglang_passthrough(parser: argparse.ArgumentParser, unknown: Sequence[str])
 
 
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
-    """The resolved configuration as plain data, secrets left out, for config.yaml and --dry-run."""
-    plain = {}
-    for key, value in sorted(vars(args).items()):
-        if any(key.endswith(word) for word in SECRET_WORDS) and isinstance(value, str):
-            value = "***"
-        plain[key] = value
-    return plain
+    """The resolved flags as plain data, without secrets: config.yaml, --dry-run, checkpoints. --config takes it again."""
+    return {k: getattr(args, k) for k in args.flag_names if k not in SECRETS and not k.endswith("config")}
 
 
 def dump(args: argparse.Namespace, path: str | Path) -> None:

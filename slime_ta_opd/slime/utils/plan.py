@@ -45,8 +45,7 @@ def print_plan(args) -> None:
     print("\n".join(lines))
     print("\nresolved configuration")
     for key, value in config_file.resolved(args).items():
-        if key != "student_config":
-            print(f"  {key}: {value}")
+        print(f"  {key}: {value}")
 
 
 def count_parameters(config: dict[str, Any]) -> float:
