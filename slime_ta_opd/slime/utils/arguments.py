@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ta_opd.selection import MASK_CHOICES
-
 from slime.backends.megatron_utils.losses.registry import LOSS_TYPES
 from slime.utils import config_file
+from ta_opd.selection import MASK_CHOICES
 
 REDUCTIONS = ("kept_token_mean", "sample_mean", "valid_token_mean")
 
@@ -209,7 +208,7 @@ def _selection(parser):
 
 def _loss(parser):
     g = parser.add_argument_group("loss")
-    g.add_argument("--opd-loss-type", choices=LOSS_TYPES, default="sampled_reverse_kl")
+    g.add_argument("--opd-loss-type", choices=LOSS_TYPES, default="sampled_reverse_kl", help="divergence that is trained")
     g.add_argument("--opd-loss-rows", choices=("kept", "all"), default="kept", help="rows that meet the vocabulary matrix")
     g.add_argument("--opd-loss-reduction", choices=REDUCTIONS, help="default kept_token_mean; sample_mean in profile released")
     g.add_argument("--opd-topk-support", choices=("teacher", "student"), default="teacher", help="candidates of topk losses")

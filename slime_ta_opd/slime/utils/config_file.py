@@ -105,7 +105,7 @@ def _sglang_passthrough(parser: argparse.ArgumentParser, unknown: Sequence[str])
 
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
     """The resolved flags as plain data, without secrets: config.yaml, --dry-run, checkpoints. --config takes it again."""
-    return {k: getattr(args, k) for k in args.flag_names if k not in SECRETS and not k.endswith("config")}
+    return {k: getattr(args, k) for k in args.flag_names if k != "config" and k not in SECRETS}
 
 
 def dump(args: argparse.Namespace, path: str | Path) -> None:

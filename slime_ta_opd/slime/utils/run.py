@@ -18,6 +18,8 @@ from slime.observability.timer import Timer, write_trace
 from slime.observability.trackers import Trackers
 from slime.utils import config_file
 
+SHOWN = {"kl": "rollout/reverse_kl_valid", "kept": "rollout/keep_ratio", "len": "rollout/response_length", "loss": "train/loss"}
+
 
 class Run:
     """Context of a run. Leaving it, in whatever way, stops what `owns` was given, last first, then a local Ray."""
@@ -120,8 +122,7 @@ class Run:
                 metrics[f"tokens_per_second/{phase}"] = tokens / seconds[phase]
         self.spans += self.timer.take_spans() + batch.spans if self.args.trace else []
         self.trackers.log(rollout_id, metrics)
-        shown = {"kl": "rollout/reverse_kl_valid", "kept": "rollout/keep_ratio", "len": "rollout/response_length", "loss": "train/loss"}
-        self.bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in shown.items() if m in metrics}, refresh=False)
+        self.bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in SHOWN.items() if m in metrics}, refresh=False)
 
 
 def _terminate(signum, frame):

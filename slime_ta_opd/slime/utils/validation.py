@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 
 import torch
-from ta_opd.selection import MASK_CHOICES, resolve_mask
 
 from slime.rollout.data_source import PromptDataSource
 from slime.utils.arguments import SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
 from ta_opd.errors import ConfigError, DataError
+from ta_opd.selection import MASK_CHOICES, resolve_mask
 
 NO_SELECTION = ("none", "full")
 
@@ -189,7 +189,7 @@ def parse_teachers(args) -> dict[str, str | list[str]]:
         return {"default": list(args.rm_url)}
     if args.teacher_model:
         if not Path(args.teacher_model).is_dir():
-            raise ConfigError(f"--teacher-model: expected an HF model directory, got {args.teacher_model!r}, which does not exist")
+            raise ConfigError(f"--teacher-model: expected an HF model directory, got {args.teacher_model!r}; it does not exist")
         return {"default": args.teacher_model}
     return {}
 
