@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from slime.backends.megatron_utils.losses.reduction import REDUCTIONS
 from slime.backends.megatron_utils.losses.registry import LOSS_TYPES
 from slime.utils import config_file
 from ta_opd.selection import MASK_CHOICES
-
-REDUCTIONS = ("kept_token_mean", "sample_mean", "valid_token_mean")
 
 # Megatron/slime flags of known launchers that decide nothing in this tree: flag -> number of values
 ACCEPTED_ONLY = {
@@ -220,8 +219,9 @@ def _loss(parser):
     g.add_argument("--advantage-estimator", choices=("grpo", "reinforce_plus_plus"), default="grpo", help="base advantage")
     g.add_argument("--eps-clip", type=float, default=0.2, help="lower clip of the importance ratio")
     g.add_argument("--eps-clip-high", type=float, default=0.28, help="upper clip of the importance ratio")
+    g.add_argument("--eps-clip-c", type=float, help="dual clip of the ratio for negative advantages; default off")
     g.add_argument("--calculate-per-token-loss", action="store_true", help="same as --opd-loss-reduction kept_token_mean")
-    g.add_argument("--loss-chunk-rows", type=int, default=2048, help="rows of one LM-head chunk")
+    g.add_argument("--loss-chunk-rows", type=int, help="rows of one LM-head chunk; default: by bytes of logits")
     g.add_argument("--skip-nan-steps", action="store_true", help="skip a step whose loss is not finite instead of stopping")
 
 

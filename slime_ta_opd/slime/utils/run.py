@@ -32,6 +32,7 @@ class Run:
         self.owned: list[Any] = []
         self.trackers: Trackers | None = None
         self.final_eval: dict[str, Any] = {}
+        self.start = 0
         self.bar: tqdm | None = None
 
     def __enter__(self) -> Run:
@@ -60,7 +61,7 @@ class Run:
         if self.args.trace and self.spans:
             write_trace(self.spans, self.dir / "trace.json")
         if kind is None:
-            done = {"run_name": self.args.run_name, "num_rollout": self.args.num_rollout, "final": self.final_eval,
+            done = {"run_name": self.args.run_name, "num_rollout": self.args.num_rollout, "start_rollout_id": self.start, "final": self.final_eval,
                     "seconds": round(time.time() - self.began, 3)}  # fmt: skip
             _write(self.dir / "DONE", orjson.dumps(done, option=orjson.OPT_INDENT_2))
 
@@ -76,6 +77,7 @@ class Run:
     def resume(self, loaded: tuple[int, dict | None], rollout) -> int:
         """First rollout id; gives the data source back its place where a checkpoint was loaded."""
         start, extra = loaded
+        self.start = start
         if extra and extra.get("rollout"):
             rollout.load_state(extra["rollout"])
         self.trackers = Trackers(self.args, start)
