@@ -1,0 +1,111 @@
+"""Import hooks for CPU processes. Standard library only: the sitecustomize of server children loads this file by path."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs `action(module)` right after module `name` has been imported (at once if it already is)."""
+
+    def __init__(self, name: str, action: Callable):
+        self.name, self.action, self.busy = name, action, False
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name or self.busy:
+            return None
+        self.busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.busy = False
+        if spec is None or spec.loader is None:
+            return None
+        run, action = spec.loader.exec_module, self.action
+
+        def exec_module(module):
+            run(module)
+            action(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+_installed: set[str] = set()
+
+
+def after_import(name: str, action: Callable) -> None:
+    """Have `action(module)` run once `name` is imported. A second call for the same name and action does nothing."""
+    key = f"{name}:{action.__name__}"
+    if key in _installed:
+        return
+    _installed.add(key)
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, action))
+
+
+_libraries = []  # a torch.library.Library drops its schemas when it is collected
+
+
+def _define_torchvision_schema(extension) -> None:
+    if extension._has_ops():
+        return
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for op in ("nms", "qnms"):
+        library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+
+
+def install_torchvision_schema() -> None:
+    """Lets `import torchvision` (and what of transformers needs it) succeed beside a CPU build of torch.
+
+    The torchvision wheel on PyPI is a CUDA build whose extension does not load there; its Python part then fails only
+    because the schemas of two operators are missing. Nothing happens where the extension loads. May be called twice.
+    """
+    after_import("torchvision.extension", _define_torchvision_schema)
+
+
+def install_triton_stub() -> None:
+    """Installs SGLang's own stand-in for triton where triton is absent (SGLang does so itself on macOS only)."""
+    if "triton" in sys.modules or importlib.util.find_spec("triton") is not None:
+        return
+    for folder in sys.path:
+        file = os.path.join(folder, "sglang", "_triton_stub.py")
+        if os.path.isfile(file):
+            spec = importlib.util.spec_from_file_location("_sglang_triton_stub", file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.install()
+            return
+
+
+def _seed_every_request(module) -> None:
+    """Makes SGLang honour `sampling_seed`; it does so by itself only with attention backends that need a GPU."""
+    real = module.get_exec
+
+    class Deterministic:
+        enable_deterministic_inference = True
+
+        def __getattr__(self, name):
+            return getattr(real().deterministic, name)
+
+    class Execution:
+        deterministic = Deterministic()
+
+        def __getattr__(self, name):
+            return getattr(real(), name)
+
+    module.get_exec = Execution
+
+
+def install_seeded_sampling() -> None:
+    """Every request is sampled from its own `sampling_seed`, so that a run on CPU repeats itself."""
+    after_import("sglang.srt.sampling.sampling_batch_info", _seed_every_request)
