@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Merge token-bank files into one table: csv, jsonl or parquet by the suffix of --output.
 
-    python tools/merge_token_bank.py RUN/token_bank --output RUN/token_bank/merged.parquet --drop-raw-topk
+python tools/merge_token_bank.py RUN/token_bank --output RUN/token_bank/merged.parquet --drop-raw-topk
 """
 
 import argparse
@@ -19,9 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-source-cols", action="store_true", help="do not add source_file and source_dir")
     args = parser.parse_args(argv)
     try:
-        report = merge_banks(
-            args.inputs, args.output, drop_raw_topk=args.drop_raw_topk, source_columns=not args.no_source_cols
-        )
+        report = merge_banks(args.inputs, args.output, drop_raw_topk=args.drop_raw_topk, source_columns=not args.no_source_cols)
     except TaOpdError as error:
         print(f"merge_token_bank: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,373 @@
+"""Between slime's samples and the arrays of `ta_opd`: collect, measure, select, write back, export. No maths here.
+
+Works on the samples of this tree (TopK arrays, `opd_weights`) and on those of a stock slime checkout (lists of
+`[logprob, id, text]` in `metadata["student_top_logprobs"]`, the teacher's reply as the reward, only a `loss_mask` to
+write to). This file and on_policy_distillation.py are what a stock checkout needs besides `pip install ta-opd`; it
+imports nothing of slime.
+
+Shape suffixes: T response tokens of the batch (samples one after another), L of one sample, K entries of a top-k.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+import ta_opd
+from ta_opd.errors import DataError
+from ta_opd.metrics import position_columns, token_metrics
+from ta_opd.selection import Selection, SelectionConfig, select_tokens
+from ta_opd.slime_patch.options import resolve, selects
+from ta_opd.token_bank import TokenBankWriter
+from ta_opd.topk import TopK, gathered_logprobs, last_positions
+
+logger = logging.getLogger(__name__)
+
+STUDENT_KEY = "student_top_logprobs"  # sample.metadata: the student's top-k, one list a position
+_CONFIG_KEYS = ("seed", "rollout_seed", "use_opd", "hf_checkpoint", "rm_url", "teacher_model", "teacher", "rollout_temperature",
+                "rollout_max_response_len", "rollout_batch_size", "n_samples_per_prompt")  # fmt: skip
+_writers: dict[Path, TokenBankWriter] = {}
+_last_rollout_id: int | None = None
+_said: set[str] = set()
+
+
+@dataclass
+class _Scored:
+    """One sample with response tokens as arrays. ordinal: its place in the batch."""
+
+    sample: Any
+    ordinal: int
+    student: TopK
+    teacher: TopK
+    teacher_at_student: np.ndarray | None
+    valid_L: np.ndarray
+    student_logprobs_L: np.ndarray | None
+    teacher_logprobs_L: np.ndarray | None
+
+    @property
+    def length(self) -> int:
+        return self.sample.response_length
+
+
+def select_for_samples(args: Any, samples: Sequence[Any], rollout_id: int) -> dict[str, Any]:
+    """Measure a rollout batch, select its tokens, queue its token bank; for samples that carry TopK arrays.
+
+    Sets `sample.opd_weights` (float32 [L], 0 where not selected) where that attribute exists, else `sample.loss_mask`.
+    Returns the selection's summary (counts, means over valid tokens) with `kept_per_sample` and `exact_fraction`, the
+    share of valid tokens whose C is exact. Raises DataError on lengths that do not match or missing top-k, naming the
+    sample.
+    """
+    options = resolve(args)
+    return _run(
+        options, [_from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0], samples, rollout_id
+    )
+
+
+def process_tip_compat_metrics(
+    args: Any, samples: Sequence[Any], teacher_log_probs: Sequence[Any], raw_rewards: Sequence[Any]
+) -> dict[str, Any] | None:
+    """Measure a rollout batch, select its tokens, queue its token bank; for samples of a stock slime checkout.
+
+    teacher_log_probs: [L] a sample, teacher's log-probs of the sampled tokens. raw_rewards: the teacher's reply a sample
+    (with `meta_info.input_top_logprobs`, perhaps `input_token_ids_logprobs`), anything else where the sample carries
+    TopK arrays. The rollout id is `args.rollout_id` where present, else see `rollout_id_of`. The student's lists in the
+    metadata become arrays. Returns the summary as `select_for_samples`; None when nothing is asked for. Raises DataError.
+    """
+    options = resolve(args)
+    config = SelectionConfig.from_args(options)
+    rollout_id = rollout_id_of(args, samples)
+    if options.opd_topk_metrics_k == 0 and not options.opd_token_bank_dir and not selects(config):
+        return None
+    for name, values in (("teacher_log_probs", teacher_log_probs), ("raw_rewards", raw_rewards)):
+        if len(values) != len(samples):
+            raise DataError(f"{name}: expected one entry for each of {len(samples)} samples, got {len(values)}")
+    scored = [
+        _from_reply(options, sample, i, teacher_log_probs[i], raw_rewards[i], selects(config))
+        for i, sample in enumerate(samples)
+        if sample.response_length > 0
+    ]
+    return _run(options, scored, samples, rollout_id)
+
+
+def close_token_banks() -> None:
+    """Write everything that is queued and stop the writers; returns when all is on disk. Raises ServiceError."""
+    while _writers:
+        _writers.popitem()[1].close()
+
+
+def flush_token_banks() -> None:
+    """Wait until everything that is queued is on disk (before a checkpoint, say). Raises ServiceError."""
+    for writer in _writers.values():
+        writer.flush()
+
+
+def rollout_id_of(args: Any, samples: Sequence[Any]) -> int:
+    """The true rollout id: `args.rollout_id`, else one derived from the data source's counter.
+
+    A stock slime hands its hooks no rollout id (the hook `log_rollout` of ta_opd.slime_patch does). Without one, the
+    group index divided by the prompts a rollout serves: it continues after a resume, as slime saves that counter. Ids
+    never repeat within the process.
+    """
+    global _last_rollout_id
+    given = getattr(args, "rollout_id", None)
+    if given is not None:
+        return int(given)
+    groups = [s.group_index for s in samples if getattr(s, "group_index", None) is not None]
+    derived = min(groups) // max(getattr(args, "rollout_batch_size", None) or 1, 1) if groups else 0
+    first = max(derived, getattr(args, "start_rollout_id", None) or 0)
+    _last_rollout_id = first if _last_rollout_id is None else max(first, _last_rollout_id + 1)
+    return _last_rollout_id
+
+
+def _from_arrays(options: SimpleNamespace, sample: Any, ordinal: int) -> _Scored:
+    student, teacher = sample.student_topk, sample.teacher_topk
+    for side, topk in (("student", student), ("teacher", teacher)):
+        if topk is None:
+            if selects(SelectionConfig.from_args(options)):
+                raise DataError(
+                    f"{_name(sample, ordinal)} has no {side} top-k, which opd_budget_mask {options.opd_budget_mask} needs; "
+                    f"set opd_topk_metrics_k >= 1 (now {options.opd_topk_metrics_k})"
+                )
+        elif topk.T != sample.response_length:
+            raise DataError(f"{_name(sample, ordinal)}: {side} top-k has {topk.T} positions, expected {sample.response_length}")
+    k = next((topk.K for topk in (student, teacher) if topk is not None), max(options.opd_topk_metrics_k, 1))
+    empty = TopK.empty(sample.response_length, k)
+    known = getattr(sample, "teacher_at_student_ids", None)
+    return _Scored(
+        sample, ordinal, student if student is not None else empty, teacher if teacher is not None else empty,
+        known, _valid(sample, ordinal),
+        _vector(sample.rollout_log_probs, sample, ordinal, "rollout_log_probs"),
+        _vector(sample.teacher_log_probs, sample, ordinal, "teacher_log_probs"),
+    )  # fmt: skip
+
+
+def _from_reply(options: SimpleNamespace, sample: Any, ordinal: int, log_probs: Any, reply: Any, required: bool) -> _Scored:
+    student = getattr(sample, "student_topk", None)
+    if student is None:
+        student = _student_from_metadata(options, sample, ordinal, required)
+    teacher = getattr(sample, "teacher_topk", None)
+    known = getattr(sample, "teacher_at_student_ids", None)
+    if teacher is None:
+        teacher, known = _teacher_from_reply(options, sample, ordinal, reply, student, required)
+    return _Scored(
+        sample, ordinal, student, teacher, known, _valid(sample, ordinal),
+        _vector(getattr(sample, "rollout_log_probs", None), sample, ordinal, "rollout_log_probs"),
+        _vector(log_probs, sample, ordinal, "teacher_log_probs"),
+    )  # fmt: skip
+
+
+def _student_from_metadata(options: SimpleNamespace, sample: Any, ordinal: int, required: bool) -> TopK:
+    length, k = sample.response_length, max(options.opd_topk_metrics_k, 1)
+    metadata = getattr(sample, "metadata", None) or {}
+    stored = metadata.get(STUDENT_KEY)
+    if stored is None or len(stored) != length:
+        got = "nothing" if stored is None else f"{len(stored)} positions"
+        message = f'{_name(sample, ordinal)}: expected metadata["{STUDENT_KEY}"] with {length} positions, got {got}'
+        if required:
+            raise DataError(
+                f"{message}; ask the student server for top_logprobs_num={options.opd_topk_metrics_k} with each request"
+            )
+        _say(f"{message}; its metrics are those of empty lists")
+        return TopK.empty(length, k, np.float64)
+    if not isinstance(stored, TopK):
+        stored = metadata[STUDENT_KEY] = TopK.from_lists(stored, k, dtype=np.float64)
+    return stored
+
+
+def _teacher_from_reply(
+    options: SimpleNamespace, sample: Any, ordinal: int, reply: Any, student: TopK, required: bool
+) -> tuple[TopK, np.ndarray | None]:
+    length, k = sample.response_length, max(options.opd_topk_metrics_k, 1)
+    meta_info = reply.get("meta_info") if isinstance(reply, dict) else None
+    try:
+        if not isinstance(meta_info, dict):
+            raise DataError(f"expected the teacher's reply with meta_info, got {type(reply).__name__}")
+        teacher = TopK.from_reply(meta_info, "teacher", k, length, dtype=np.float64)
+        asked = meta_info.get("input_token_ids_logprobs") if options.opd_exact_cmass else None
+        if not asked or not any(asked):
+            return teacher, None
+        entries = last_positions(asked, length, "input_token_ids_logprobs")
+        return teacher, gathered_logprobs(entries, student.ids, dtype=np.float64)
+    except DataError as error:
+        if required:
+            raise DataError(f"{_name(sample, ordinal)}: {error}") from error
+        _say(f"{_name(sample, ordinal)}: {error}; its teacher metrics are those of empty lists")
+        return TopK.empty(length, k, np.float64), None
+
+
+def _valid(sample: Any, ordinal: int) -> np.ndarray:
+    if sample.loss_mask is None:
+        return np.ones(sample.response_length, bool)
+    if len(sample.loss_mask) != sample.response_length:
+        raise DataError(
+            f"{_name(sample, ordinal)}: loss_mask has {len(sample.loss_mask)} entries, expected {sample.response_length}"
+        )
+    return np.asarray(sample.loss_mask).astype(bool)
+
+
+def _vector(values: Any, sample: Any, ordinal: int, what: str) -> np.ndarray | None:
+    if values is None:
+        return None
+    values_L = np.asarray(values)
+    if values_L.shape != (sample.response_length,):
+        raise DataError(f"{_name(sample, ordinal)}: {what} has shape {values_L.shape}, expected ({sample.response_length},)")
+    if values_L.dtype == object:  # None among the numbers
+        values_L = np.array([np.nan if value is None else value for value in values], np.float64)
+    return values_L
+
+
+def _run(options: SimpleNamespace, scored: list[_Scored], samples: Sequence[Any], rollout_id: int) -> dict[str, Any]:
+    config = SelectionConfig.from_args(options)
+    if not scored:
+        _say("a rollout without any response token: nothing is measured or kept")
+        empty = {"num_tokens": 0, "num_valid_tokens": 0, "num_kept_tokens": 0, "keep_ratio": 0.0}
+        return {**empty, "exact_fraction": 0.0, "kept_per_sample": [0] * len(samples)}
+    lengths_N = np.array([s.length for s in scored])
+    student, teacher, known = _stack(scored)
+    token_ids_T = np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored])
+    valid_T = np.concatenate([s.valid_L for s in scored])
+    support = options.opd_divergence_support or "union_floor"
+    metrics = token_metrics(
+        student,
+        teacher,
+        sampled_ids=token_ids_T,
+        student_logprobs=_join(scored, "student_logprobs_L"),
+        teacher_logprobs=_join(scored, "teacher_logprobs_L"),
+        response_lengths=lengths_N,
+        support=support,
+        prefix_ema_alpha=options.opd_compat_prefix_ema_alpha,
+        teacher_at_student_ids=known,
+        partly_exact=config.profile == "released",
+    )
+    selection = select_tokens(
+        metrics, valid_T, lengths_N, config,
+        rollout_id=rollout_id, student=student, teacher=teacher, sampled_ids=token_ids_T,
+    )  # fmt: skip
+    for warning in selection.summary.get("warnings", ()):
+        _say(warning)
+    kept_per_sample = _write_back(config, scored, selection, len(samples))
+    if options.opd_token_bank_dir:
+        columns = {**_identity(options, scored, token_ids_T, valid_T), **metrics, **selection.columns}
+        if options.opd_token_bank_raw_topk:
+            columns |= {"student_top_ids": student.ids, "student_top_logps": student.logprobs}
+            columns |= {"teacher_top_ids": teacher.ids, "teacher_top_logps": teacher.logprobs}
+        _writer(options, config, support).write(rollout_id, columns)
+    exact = float(metrics["Cmass_exact"][valid_T].mean()) if valid_T.any() else 0.0
+    return {**selection.summary, "exact_fraction": exact, "kept_per_sample": kept_per_sample}
+
+
+def _stack(scored: list[_Scored]) -> tuple[TopK, TopK, np.ndarray | None]:
+    k = scored[0].student.K
+    for s in scored:
+        if s.student.K != k or s.teacher.K != k:
+            raise DataError(
+                f"{_name(s.sample, s.ordinal)}: top-k of {s.student.K} (student) and {s.teacher.K} (teacher), expected {k} "
+                "as in the first sample"
+            )
+        if s.teacher_at_student is not None and s.teacher_at_student.shape != s.student.ids.shape:
+            raise DataError(
+                f"{_name(s.sample, s.ordinal)}: teacher_at_student_ids has shape {s.teacher_at_student.shape}, "
+                f"expected {s.student.ids.shape}"
+            )
+    known = None
+    if any(s.teacher_at_student is not None for s in scored):
+        unknown = (np.full(s.student.ids.shape, np.nan, np.float32) for s in scored)
+        known = np.concatenate(
+            [s.teacher_at_student if s.teacher_at_student is not None else u for s, u in zip(scored, unknown, strict=True)]
+        )
+    return TopK.concat([s.student for s in scored]), TopK.concat([s.teacher for s in scored]), known
+
+
+def _join(scored: list[_Scored], name: str) -> np.ndarray | None:
+    values = [getattr(s, name) for s in scored]
+    if all(v is None for v in values):
+        return None
+    return np.concatenate([np.full(s.length, np.nan) if v is None else v for s, v in zip(scored, values, strict=True)])
+
+
+def _write_back(config: SelectionConfig, scored: list[_Scored], selection: Selection, num_samples: int) -> list[int]:
+    kept_per_sample = [0] * num_samples
+    untouched = not selects(config) or (config.ratio >= 1 and config.profile == "released")
+    start = 0
+    for s in scored:
+        rows = slice(start, start + s.length)
+        start += s.length
+        kept_per_sample[s.ordinal] = int(selection.keep[rows].sum())
+        if hasattr(s.sample, "opd_weights"):
+            s.sample.opd_weights = np.array(selection.weights[rows], np.float32)
+        elif not untouched:
+            s.sample.loss_mask = selection.keep[rows].astype(int).tolist()
+            if not np.isin(selection.weights[rows], (0, 1)).all():
+                _say(f"{config.mask!r} gives weights, but these samples have only a loss_mask: kept tokens count 1 each")
+    return kept_per_sample
+
+
+def _identity(options: SimpleNamespace, scored: list[_Scored], token_ids_T, valid_T) -> dict[str, Any]:
+    lengths_N = np.array([s.length for s in scored])
+    totals_N = np.array([len(s.sample.tokens) for s in scored])
+    place = position_columns(lengths_N)
+
+    def spread(values: list) -> np.ndarray:
+        return np.repeat(np.array(values), lengths_N)
+
+    def number(name: str) -> np.ndarray:  # NaN where a sample has none
+        values = [getattr(s.sample, name, None) for s in scored]
+        return spread([np.nan if v is None else v for v in values] if None in values else values)
+
+    return {
+        "pair_id": options.opd_token_bank_pair_id,
+        "teacher_name": spread([_teacher_name(options, s.sample) for s in scored]),
+        "student_name": str(options.opd_student_name or getattr(options, "hf_checkpoint", None) or ""),
+        "seed": getattr(options, "seed", None),
+        "sample_index": number("index"),
+        "group_index": number("group_index"),
+        "sample_ordinal": spread([s.ordinal for s in scored]),
+        "tok_pos": place["tok_pos"],
+        "pos_norm": place["pos_norm"],
+        "prompt_len": np.repeat(totals_N - lengths_N, lengths_N),
+        "resp_len": np.repeat(lengths_N, lengths_N),
+        "total_len": np.repeat(totals_N, lengths_N),
+        "truncated": spread([_status(s.sample) == "truncated" for s in scored]),
+        "token_id": token_ids_T,
+        "loss_mask_original": valid_T,
+    }
+
+
+def _teacher_name(options: SimpleNamespace, sample: Any) -> str:
+    named = (getattr(sample, "metadata", None) or {}).get("teacher")
+    name = named or options.opd_teacher_name or getattr(options, "opd_teacher_load", None)
+    name = name or getattr(options, "teacher_model", None) or getattr(options, "rm_url", None) or ""
+    return ",".join(map(str, name)) if isinstance(name, (list, tuple)) else str(name)
+
+
+def _status(sample: Any) -> str:
+    status = getattr(sample, "status", "")
+    return str(getattr(status, "value", status)).lower()
+
+
+def _name(sample: Any, ordinal: int) -> str:
+    return f"sample {ordinal} (index {getattr(sample, 'index', None)})"
+
+
+def _writer(options: SimpleNamespace, config: SelectionConfig, support: str) -> TokenBankWriter:
+    directory = Path(options.opd_token_bank_dir).resolve()
+    if directory not in _writers:
+        chosen = {k: v for k, v in vars(options).items() if k.startswith("opd_") or k in _CONFIG_KEYS}
+        chosen["resolved"] = {**config.resolved(), "divergence_support": support}
+        chosen["ta_opd_version"] = ta_opd.__version__
+        chosen["notes"] = "one row a response token; 'resolved' holds what profile and selector set; see docs/method.md"
+        _writers[directory] = TokenBankWriter(directory, options.opd_token_bank_format, chosen, options.opd_token_bank_raw_topk)
+    return _writers[directory]
+
+
+def _say(message: str) -> None:
+    """Warn once: messages that differ only in their numbers count as the same."""
+    key = re.sub(r"\d+", "#", message)
+    if key not in _said:
+        _said.add(key)
+        logger.warning("%s", message)

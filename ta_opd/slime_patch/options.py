@@ -1,0 +1,107 @@
+"""The opd_* options of a stock slime checkout, where no argument parser knows them: defaults and checks.
+
+They come as attributes of slime's `args`, set by slime from the YAML file of `--custom-config-path` (or by a parser, in a
+checkout whose arguments.py was extended). What is missing has the default below.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from ta_opd.errors import ConfigError
+from ta_opd.selection import SelectionConfig
+from ta_opd.token_bank.files import FORMATS
+
+DEFAULTS: dict[str, Any] = {
+    # what is measured
+    "opd_topk_metrics_k": 0,
+    "opd_exact_cmass": False,
+    "opd_exact_cmass_max_union": 4096,
+    "opd_exact_cmass_overflow": "fallback",
+    "opd_exact_cmass_window": None,
+    "opd_divergence_support": None,
+    "opd_compat_prefix_ema_alpha": 0.9,
+    # what is kept (None: the profile's value, see ta_opd.selection.SelectionConfig)
+    "opd_profile": "paper",
+    "opd_budget_mask": "none",
+    "opd_budget_ratio": 1.0,
+    "opd_budget_gamma": 0.5,
+    "opd_budget_mask_seed": 42,
+    "opd_budget_min_keep_per_sample": 1,
+    "opd_budget_min_keep_rule": None,
+    "opd_budget_scope": None,
+    "opd_compat_proxy": "mass",
+    "opd_metric_normalization": None,
+    "opd_metric_q_low": None,
+    "opd_metric_q_high": None,
+    "opd_metric_population": None,
+    "opd_softor_source": None,
+    "opd_selector_path": None,
+    # where it is written
+    "opd_token_bank_dir": None,
+    "opd_token_bank_format": "parquet",
+    "opd_token_bank_raw_topk": False,
+    "opd_token_bank_pair_id": "",
+    "opd_teacher_name": None,
+    "opd_student_name": None,
+    # how the teacher is asked
+    "request_timeout": 600.0,
+    "request_retries": 5,
+    "teacher_concurrency": 64,
+}
+OVERFLOWS = ("fallback", "truncate", "error")
+NO_SELECTION = ("none", "full")
+
+
+def selects(config: SelectionConfig) -> bool:
+    """Whether `config` leaves out any token at all: false for the masks none and full."""
+    return config.selector_path is not None or config.mask not in NO_SELECTION
+
+
+def resolve(args: Any) -> SimpleNamespace:
+    """All attributes of `args`, with DEFAULTS for missing or None ones. `args` itself is not changed.
+
+    Raises ConfigError on an unknown `opd_` key (a misspelt one would be ignored in silence) and on values out of range.
+    """
+    given = dict(vars(args))
+    options = {**given, **{name: value for name, value in DEFAULTS.items() if given.get(name) is None}}
+    resolved = SimpleNamespace(**options)
+    _check(resolved)
+    return resolved
+
+
+def _check(options: SimpleNamespace) -> None:
+    config = SelectionConfig.from_args(options)
+    k = options.opd_topk_metrics_k
+    if not isinstance(k, int) or k < 0:
+        raise ConfigError(f"opd_topk_metrics_k: expected a whole number >= 0 (16 is usual), got {k!r}")
+    for name, needed in (
+        (f"opd_budget_mask {config.mask}", selects(config)),
+        ("opd_exact_cmass", options.opd_exact_cmass),
+    ):
+        if needed and k == 0:
+            raise ConfigError(f"{name} needs top-k: expected opd_topk_metrics_k of 1 or more (16 is usual), got 0")
+    if options.opd_exact_cmass_max_union < 1:
+        raise ConfigError(f"opd_exact_cmass_max_union: expected 1 or more, got {options.opd_exact_cmass_max_union}")
+    if options.opd_exact_cmass_overflow not in OVERFLOWS:
+        raise ConfigError(f"opd_exact_cmass_overflow: expected one of {OVERFLOWS}, got {options.opd_exact_cmass_overflow!r}")
+    if options.opd_token_bank_format not in FORMATS:
+        raise ConfigError(f"opd_token_bank_format: expected one of {FORMATS}, got {options.opd_token_bank_format!r}")
+    if not 0 <= options.opd_compat_prefix_ema_alpha <= 1:
+        raise ConfigError(f"opd_compat_prefix_ema_alpha: expected [0, 1], got {options.opd_compat_prefix_ema_alpha}")
+
+
+def check_training(args: Any) -> None:
+    """Checks that only a training run can fail: distillation must be on, with a teacher behind a server.
+
+    Raises ConfigError.
+    """
+    if not getattr(args, "use_opd", True):
+        raise ConfigError("the opd_* options do nothing without distillation: pass --use-opd --opd-type sglang")
+    if getattr(args, "opd_type", "sglang") != "sglang":
+        raise ConfigError(f"token selection needs --opd-type sglang, got {args.opd_type!r}: a Megatron teacher gives no top-k")
+    temperature = getattr(args, "rollout_temperature", 1.0)
+    if temperature != 1.0 and getattr(args, "opd_topk_metrics_k", 0):
+        raise ConfigError(
+            f"rollout_temperature: expected 1.0, got {temperature}: the teacher's scores are always at temperature 1, "
+            "so student and teacher would not be comparable"
+        )
