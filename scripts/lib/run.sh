@@ -1,0 +1,270 @@
+# shellcheck shell=bash
+# What every launcher does with its variables: choose Python, print or run a command, place devices, call train.py.
+# Sourcing this file sets TA_OPD_ROOT, LAUNCHER_NAME and TIMESTAMP.
+
+set -euo pipefail
+TA_OPD_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
+LAUNCHER_NAME=${0##*/}
+TIMESTAMP=${TIMESTAMP:-$(date +%Y%m%d_%H%M%S)}
+FLAGS=()
+LAUNCH_ENV=()
+# shellcheck source=scripts/lib/vars.sh
+source "$TA_OPD_ROOT/scripts/lib/vars.sh"
+# shellcheck source=scripts/lib/train_vars.sh
+source "$TA_OPD_ROOT/scripts/lib/train_vars.sh"
+
+use_conda() {
+  if [[ -z ${CONDA_SH-} ]]; then return; fi
+  set +eu # hooks of conda packages read unset variables
+  # shellcheck disable=SC1090
+  source "$CONDA_SH"
+  if ! conda activate "$CONDA_ENV"; then die "CONDA_ENV=$CONDA_ENV: conda could not activate it"; fi
+  set -eu
+}
+
+use_python() { # PY, PYTHONPATH
+  if [[ -z ${PY-} ]]; then
+    if [[ -z ${CONDA_SH-} && -x $TA_OPD_ROOT/.venv/bin/python ]]; then PY=$TA_OPD_ROOT/.venv/bin/python; else PY=python3; fi
+  fi
+  if ! command -v "$PY" >/dev/null; then die "PY=$PY: expected a Python that can be run (bash scripts/setup.sh makes one)"; fi
+  local path=$TA_OPD_ROOT:$TA_OPD_ROOT/slime_ta_opd
+  if [[ -n ${MEGATRON_LM_DIR-} ]]; then path=$MEGATRON_LM_DIR:$path; fi
+  PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH}
+  if [[ -n ${FALLBACK_SITE_PACKAGES-} ]]; then PYTHONPATH+=:$FALLBACK_SITE_PACKAGES; fi
+  export PY PYTHONPATH
+}
+
+show_command() { # one flag a line, quoted for the shell
+  local word line="" out=""
+  for word in "$@"; do
+    printf -v word '%q' "$word"
+    if [[ $word == --* && -n $line ]]; then
+      out+="$line \\"$'\n'"  "
+      line=$word
+    else
+      line+=${line:+ }$word
+    fi
+  done
+  printf '%s%s\n' "$out" "$line"
+}
+
+run_or_show() { # the one place where DRY_RUN is decided
+  if [[ ${DRY_RUN:-0} == 0 ]]; then
+    "$@"
+  else
+    show_command "$@"
+  fi
+}
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+_union() { # REPLY = ids of $1, then those of $2 that are not in it
+  local -a extra
+  local id
+  REPLY=$1
+  IFS=, read -ra extra <<<"$2"
+  for id in "${extra[@]}"; do
+    if [[ ,$REPLY, != *",$id,"* ]]; then REPLY+=,$id; fi
+  done
+}
+
+_count() { # REPLY = number of ids
+  local -a ids
+  IFS=, read -ra ids <<<"$1"
+  REPLY=${#ids[@]}
+}
+
+resolve_device() { # DEVICE auto -> gpu or cpu
+  if [[ $DEVICE == auto ]]; then
+    DEVICE=cpu
+    if [[ -n ${RAY_ADDRESS-} ]] || nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then DEVICE=gpu; fi
+  fi
+}
+
+check_devices() { # enough GPUs, and each of them there
+  resolve_device
+  if [[ $DEVICE == cpu || -n $RAY_ADDRESS ]]; then return; fi
+  _count "$RAY_GPUS"
+  local have=$REPLY need=$ACTOR_NUM_GPUS_PER_NODE how="ACTOR_NUM_GPUS_PER_NODE=$ACTOR_NUM_GPUS_PER_NODE"
+  if [[ $COLOCATE == 0 ]]; then
+    need=$((need + ROLLOUT_NUM_GPUS))
+    how+=" + ROLLOUT_NUM_GPUS=$ROLLOUT_NUM_GPUS (COLOCATE=1 shares them)"
+  elif ((ROLLOUT_NUM_GPUS > need)); then
+    need=$ROLLOUT_NUM_GPUS how="ROLLOUT_NUM_GPUS=$ROLLOUT_NUM_GPUS with COLOCATE=1"
+  fi
+  if ((have < need)); then bad RAY_GPUS "at least $need GPU ids for $how, got $have"; fi
+  if ((ACTOR_NUM_NODES > 1)); then bad ACTOR_NUM_NODES "1 on this host; several nodes need RAY_ADDRESS"; fi
+  if [[ $DRY_RUN == 0 ]]; then
+    local there id
+    there=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || true
+    _union "$RAY_GPUS" "$TEACHER_GPU"
+    for id in ${REPLY//,/ }; do
+      if ((id >= there)); then bad RAY_GPUS "ids of GPUs of this host (it has $there, id $id is not one; TEACHER_GPU=$TEACHER_GPU)"; fi
+    done
+  fi
+}
+
+device_settings() { # LAUNCH_ENV and FLAGS for the placement
+  if [[ -n $RAY_ADDRESS ]]; then
+    FLAGS+=(--teacher-num-gpus "$TEACHER_NUM_GPUS_PER_ENGINE")
+    return
+  fi
+  if [[ $DEVICE == cpu ]]; then
+    LAUNCH_ENV+=("CUDA_VISIBLE_DEVICES=")
+    return
+  fi
+  _union "$RAY_GPUS" "$TEACHER_GPU"
+  LAUNCH_ENV+=("CUDA_VISIBLE_DEVICES=$REPLY")
+  if [[ -n $TEACHER_URL || $OPD_TYPE == megatron ]]; then return; fi
+  _count "$TEACHER_GPU"
+  FLAGS+=(--teacher-num-gpus "$REPLY")
+  _union "$RAY_GPUS" "$TEACHER_GPU"
+  if [[ $REPLY == "$RAY_GPUS" ]]; then FLAGS+=(--teacher-colocate); fi
+}
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+check_run() { # relations between variables; each error names them
+  check_devices
+  local total=$((ROLLOUT_BATCH_SIZE * N_SAMPLES_PER_PROMPT))
+  if ((total % GLOBAL_BATCH_SIZE)); then
+    bad GLOBAL_BATCH_SIZE "a divisor of ROLLOUT_BATCH_SIZE x N_SAMPLES_PER_PROMPT = $total"
+  fi
+  local model=$((TENSOR_MODEL_PARALLEL_SIZE * PIPELINE_MODEL_PARALLEL_SIZE * CONTEXT_PARALLEL_SIZE))
+  if (((ACTOR_NUM_NODES * ACTOR_NUM_GPUS_PER_NODE) % model)); then
+    bad ACTOR_NUM_GPUS_PER_NODE "ranks (times ACTOR_NUM_NODES) in a multiple of TP x PP x CP = $model"
+  fi
+  if [[ $OPD_TYPE == megatron ]]; then
+    if [[ -z $OPD_TEACHER_LOAD ]]; then bad OPD_TEACHER_LOAD "the teacher's weights with OPD_TYPE=megatron"; fi
+  else
+    local sources=0 name
+    for name in TEACHER_MODEL TEACHER_URL TEACHERS; do
+      if [[ -n ${!name} ]]; then sources=$((sources + 1)); fi
+    done
+    if ((sources != 1)); then bad TEACHER_MODEL "exactly one of TEACHER_MODEL, TEACHER_URL and TEACHERS, got $sources"; fi
+  fi
+  if [[ -n $MODEL_SHAPE && ! -f $TA_OPD_ROOT/scripts/models/$MODEL_SHAPE.sh ]]; then
+    bad MODEL_SHAPE "a file in scripts/models: $(cd "$TA_OPD_ROOT/scripts/models" && printf '%s ' *.sh)"
+  fi
+  if [[ -n $MEGATRON_LM_DIR && ! -d $MEGATRON_LM_DIR/megatron/core ]]; then
+    bad MEGATRON_LM_DIR "a Megatron-LM checkout (with megatron/core), or empty for the installed package"
+  fi
+  if [[ ! -f $SLIME_DIR/train.py ]]; then bad SLIME_DIR "the directory of train.py"; fi
+}
+
+selection_flags() { # any of K, bank, mask switches the metrics on; 0 and empty become usable values
+  if [[ $OPD_TOPK_METRICS_K == 0 && -z $OPD_TOKEN_BANK_DIR && $OPD_BUDGET_MASK == none ]]; then return; fi
+  if [[ $OPD_TOPK_METRICS_K == 0 && $OPD_TYPE == sglang ]]; then OPD_TOPK_METRICS_K=16; fi
+  if [[ -z $OPD_TOKEN_BANK_DIR ]]; then OPD_TOKEN_BANK_DIR=$SAVE_DIR/token_bank; fi
+  if [[ -z $OPD_TOKEN_BANK_PAIR_ID ]]; then
+    local teacher=${TEACHER_MODEL:-${OPD_TEACHER_LOAD:-teacher}}
+    OPD_TOKEN_BANK_PAIR_ID=$(slug "$teacher")_to_$(slug "$STUDENT_HF")
+  fi
+  local name flag
+  for name in OPD_TOPK_METRICS_K OPD_TOKEN_BANK_DIR OPD_TOKEN_BANK_FORMAT OPD_TOKEN_BANK_RAW_TOPK OPD_TOKEN_BANK_PAIR_ID \
+    OPD_EXACT_CMASS OPD_EXACT_CMASS_MAX_UNION OPD_EXACT_CMASS_OVERFLOW OPD_BUDGET_MASK OPD_BUDGET_RATIO OPD_BUDGET_GAMMA \
+    OPD_BUDGET_MIN_KEEP_PER_SAMPLE OPD_COMPAT_PROXY OPD_COMPAT_PREFIX_EMA_ALPHA OPD_METRIC_NORMALIZATION OPD_METRIC_Q_LOW \
+    OPD_METRIC_Q_HIGH OPD_PROFILE OPD_METRIC_POPULATION OPD_SOFTOR_SOURCE OPD_BUDGET_SCOPE OPD_BUDGET_MIN_KEEP_RULE \
+    OPD_DIVERGENCE_SUPPORT OPD_SELECTOR_PATH; do
+    flag=--${name//_/-}
+    flag=${flag,,}
+    case ${_VAR_TYPE[$name]} in
+      bool) if [[ ${!name} == 1 ]]; then FLAGS+=("$flag"); fi ;;
+      *) if [[ -n ${!name} ]]; then FLAGS+=("$flag" "${!name}"); fi ;;
+    esac
+  done
+}
+
+slug() { # a directory name for use in file names: Qwen3-1.7B -> qwen3_1p7b
+  local name=${1%/}
+  name=${name##*/}
+  name=${name,,}
+  name=${name//./p}
+  printf '%s' "${name//[^a-z0-9]/_}"
+}
+
+checkpoint_flags() {
+  FLAGS+=(--output-dir "$SAVE_DIR" --run-name "$RUN_NAME" --save "$SAVE_DIR")
+  if [[ $RESUME == 1 && -f $SAVE_DIR/latest_checkpointed_iteration.txt ]]; then
+    FLAGS+=(--load "$SAVE_DIR")
+  elif [[ -n $STUDENT_TORCH_DIST ]]; then
+    FLAGS+=(--load "$STUDENT_TORCH_DIST" --no-load-optim --start-rollout-id 0)
+  fi
+}
+
+optional_flags() {
+  local item
+  for item in $TEACHERS; do FLAGS+=(--teacher "$item"); done
+  if [[ $SAVE_DEBUG_ROLLOUT_DATA == 1 ]]; then
+    FLAGS+=(--save-debug-rollout-data "$SAVE_DIR/debug_rollout/{rollout_id}.parquet")
+  fi
+  if [[ $TEACHER_PORT != auto ]]; then FLAGS+=(--teacher-port "$TEACHER_PORT"); fi
+  if [[ $TEACHER_NCCL_PORT != auto ]]; then FLAGS+=(--teacher-nccl-port "$TEACHER_NCCL_PORT"); fi
+  if [[ -n $MODEL_SHAPE ]]; then
+    # shellcheck source=/dev/null
+    source "$TA_OPD_ROOT/scripts/models/$MODEL_SHAPE.sh"
+    FLAGS+=("${MODEL_ARGS[@]}")
+  fi
+}
+
+ray_wrapper() { # WRAPPER = the command that puts train.py on a cluster, empty for train.py's own Ray
+  WRAPPER=()
+  if [[ $RAY_ADDRESS == http* ]]; then
+    WRAPPER=("$PY" "$TA_OPD_ROOT/tools/run_on_ray.py" --address "$RAY_ADDRESS" --submission-id "${RAY_JOB_ID:-${RUN_NAME}_$TIMESTAMP}")
+  elif [[ -z $RAY_ADDRESS && $RAY_PORT != auto ]]; then
+    WRAPPER=("$PY" "$TA_OPD_ROOT/tools/run_on_ray.py" --start-head --host "$MASTER_ADDR" --port "$RAY_PORT" --log-dir "$LOG_DIR"
+      --submission-id "${RAY_JOB_ID:-${RUN_NAME}_$TIMESTAMP}")
+    local name flag
+    for name in RAY_DASHBOARD_PORT RAY_OBJECT_MANAGER_PORT RAY_NODE_MANAGER_PORT RAY_DASHBOARD_AGENT_LISTEN_PORT \
+      RAY_DASHBOARD_AGENT_GRPC_PORT RAY_METRICS_EXPORT_PORT; do
+      flag=${name#RAY_}
+      flag=--${flag//_/-}
+      if [[ ${!name} != auto ]]; then WRAPPER+=("${flag,,}" "${!name}"); fi
+    done
+    if [[ -n $RAY_TEMP_DIR ]]; then WRAPPER+=(--temp-dir "$RAY_TEMP_DIR"); fi
+  fi
+  if ((${#WRAPPER[@]})); then WRAPPER+=(--); fi
+}
+
+opd_run() { # the whole of run_opd.sh and of its wrappers
+  vars_training
+  vars_selection
+  group "Names of this run"
+  var RUN_NAME name "${METHOD_NAME:-opd}_\$TIMESTAMP" "name in logs and trackers"
+  var SAVE_DIR out "\$OUTPUT_ROOT/\$RUN_NAME" "directory of this run: checkpoints, metrics, token bank, DONE"
+  launcher_init "$@"
+  check_run
+  stop_on_errors
+  use_conda
+  use_python
+  resolve_mask_name
+  launch_training
+}
+
+resolve_mask_name() { # an alias becomes the mask that train.py knows
+  local mask
+  if [[ -n $OPD_SELECTOR_PATH || $OPD_BUDGET_MASK == none ]]; then return; fi
+  if ! mask=$("$PY" -m ta_opd.suite.methods "$OPD_BUDGET_MASK"); then exit 2; fi
+  OPD_BUDGET_MASK=$mask
+}
+
+launch_training() { # the command of one run, printed or become this process
+  local eval_interval=${EVAL_INTERVAL-}
+  if [[ -n $EVAL_PROMPT_DATA && -z $eval_interval ]]; then EVAL_INTERVAL=$NUM_ROLLOUT; fi
+  flags_from_variables
+  selection_flags
+  checkpoint_flags
+  optional_flags
+  device_settings
+  ray_wrapper
+  local -a command=("${WRAPPER[@]}" "$PY" "$SLIME_DIR/train.py" "${FLAGS[@]}" "${PASS_THROUGH[@]}")
+  if [[ -n $RAY_ADDRESS && $RAY_ADDRESS != http* ]]; then LAUNCH_ENV+=("RAY_ADDRESS=$RAY_ADDRESS"); fi
+  if ((${#LAUNCH_ENV[@]})); then command=(env "${LAUNCH_ENV[@]}" "${command[@]}"); fi
+  if [[ $DRY_RUN != 0 ]]; then
+    show_command "${command[@]}"
+    if [[ $DRY_RUN == plan ]]; then "${command[@]}" --dry-run; fi
+    return
+  fi
+  mkdir -p "$SAVE_DIR" "$LOG_DIR"
+  exec "${command[@]}"
+}

@@ -1,0 +1,93 @@
+"""What a suite remembers between calls: which step of which row is done, and who works in the directory now."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ta_opd.errors import ConfigError, DataError
+
+DONE, FAILED, INTERRUPTED, RUNNING, PENDING = "done", "failed", "interrupted", "running", "pending"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the whole file or nothing."""
+    partial = path.with_name(path.name + f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def fingerprint(words: Sequence[str]) -> str:
+    """16 hex digits of a command, to notice that a finished step was made with other settings."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def directory_lock(directory: Path) -> Iterator[None]:
+    """Holds `directory` for this process. Raises ConfigError when another live process holds it.
+
+    The kernel drops the lock with the process that holds it, so a killed suite leaves nothing to clean up.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "suite.lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"{directory} is in use by {holder}; wait for it, or choose another TAG or OUTPUT_ROOT") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+class Memory:
+    """State of all steps of a suite, one JSON file: {row: {step: {status, fingerprint, seconds, returncode, ...}}}."""
+
+    def __init__(self, path: Path):
+        """Raises DataError when the file is there and unreadable."""
+        self.path = path
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        if path.exists():
+            try:
+                self.rows = json.loads(path.read_text())
+            except ValueError as error:
+                raise DataError(f"{path}: expected the JSON state of a suite, got {error}; move the file away to begin anew") from None
+        for steps in self.rows.values():
+            for step in steps.values():
+                if step["status"] == RUNNING:  # we hold the lock, so whoever ran it is gone
+                    step["status"] = INTERRUPTED
+
+    def get(self, row: str, step: str) -> dict[str, Any]:
+        return self.rows.get(row, {}).get(step, {"status": PENDING})
+
+    def set(self, row: str, step: str, **values: Any) -> None:
+        """Replaces the record of one step and saves the file."""
+        self.rows.setdefault(row, {})[step] = values
+        self.save()
+
+    def forget(self, row: str) -> None:
+        self.rows.pop(row, None)
+        self.save()
+
+    def status(self, row: str, expected: Sequence[str]) -> str:
+        """Status of a row: that of the first of its `expected` steps that is not done."""
+        return next((st for st in (self.get(row, name)["status"] for name in expected) if st != DONE), DONE)
+
+    def seconds(self, row: str) -> float:
+        return sum(s.get("seconds") or 0.0 for s in self.rows.get(row, {}).values())
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.rows)

@@ -1,0 +1,147 @@
+"""How a suite's tables are shown: Markdown, one self-contained HTML page, and plots against budget with intervals over seeds."""
+
+from __future__ import annotations
+
+import base64
+import html as escape
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ta_opd.suite.plan import Settings
+
+SHOWN = {
+    "method": "method", "mask": "mask", "budget_asked": "budget asked", "budget_real": "budget real", "seed_label": "seeds",
+    "status": "status", "rollouts": "rollouts", "reverse_kl_first": "reverse KL, first", "reverse_kl_last": "reverse KL, last",
+    "forward_kl_before": "frozen KL before", "forward_kl_after": "frozen KL after", "gain": "gain", "accuracy_before": "accuracy before",
+    "accuracy_after": "accuracy after", "train_seconds": "train s",
+}  # fmt: skip
+PLOTTED = {
+    "accuracy_after": "held-out accuracy after training",
+    "gain": "gain on frozen contexts (nats a token)",
+    "reverse_kl_last": "reverse KL over all valid tokens, last rollouts",
+}
+NOTES = (
+    "budget real: kept tokens over valid tokens of the whole run. reverse KL: sampled-token estimate over all valid tokens, mean of "
+    "the first and last five rollouts. frozen KL: full-vocabulary KL(teacher || student) on the same contexts before and after; gain "
+    "is their difference. Intervals are 95 % t-intervals over seeds; a single seed has none."
+)
+# Okabe-Ito: told apart with every common colour blindness; markers say the same again
+STYLES = (
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"),
+    ("#999999", "*"),
+)  # fmt: skip
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns that people read, rounded, empty where unknown."""
+    return table[list(SHOWN)].rename(columns=SHOWN).map(_cell)
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) and abs(value) > 1 else f"{value:.4g}"
+    return str(value)
+
+
+def _mean_table(seeds: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds as `mean [low, high]`."""
+    out = seeds[["method", "budget_asked", "runs"]].rename(columns={"budget_asked": "budget asked"}).map(_cell)
+    for name in ("budget_real", *PLOTTED, "train_seconds"):
+        cells = []
+        for _, row in seeds.iterrows():
+            text = _cell(float(row[name]))
+            if not math.isnan(row[f"{name}_low"]):
+                text += f" [{_cell(float(row[f'{name}_low']))}, {_cell(float(row[f'{name}_high']))}]"
+            cells.append(text)
+        out[name.replace("_", " ")] = cells
+    return out
+
+
+def _pipes(table: pd.DataFrame) -> str:
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in table.itertuples(index=False)]
+    return "\n".join(lines)
+
+
+def markdown(settings: Settings, table: pd.DataFrame, seeds: pd.DataFrame) -> str:
+    return (
+        f"# Suite {settings.tag}\n\nStudent {Path(settings.student).name}, teacher {Path(settings.teacher).name or 'a server'}, "
+        f"K = {settings.top_k}.\n\n## Runs\n\n{_pipes(shown(table))}\n\n## Means over seeds\n\n{_pipes(_mean_table(seeds))}\n\n{NOTES}\n"
+    )
+
+
+def plots(seeds: pd.DataFrame, directory: Path) -> list[Path]:
+    """One PNG for each of PLOTTED that has a value: the quantity against budget, one line a method, intervals over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    written = []
+    for name, title in PLOTTED.items():
+        if not seeds[name].notna().any():
+            continue
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        for (method, group), (colour, marker) in zip(seeds.groupby("method", sort=False), _styles(seeds), strict=True):
+            group = group[group[name].notna()].sort_values("budget_asked")
+            half = (group[f"{name}_high"] - group[name]).fillna(0.0)
+            axes.errorbar(group["budget_asked"], group[name], yerr=half, label=method, color=colour, marker=marker, capsize=3, linewidth=1.2)
+        axes.set(xlabel="share of valid tokens asked for", ylabel=title, xscale="log")
+        ticks = sorted(seeds["budget_asked"].unique())
+        axes.set_xticks(ticks, [f"{t:.4g}" for t in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{name}_by_budget.png"
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def _styles(seeds: pd.DataFrame) -> list[tuple[str, str]]:
+    return [STYLES[i % len(STYLES)] for i in range(seeds["method"].nunique())]
+
+
+def html(settings: Settings, table: pd.DataFrame, seeds: pd.DataFrame, pictures: Sequence[Path]) -> str:
+    """One page that works offline: both tables and the plots inside it."""
+    images = "\n".join(
+        f'<figure><img alt="{escape.escape(PLOTTED[p.stem.removesuffix("_by_budget")])}" '
+        f'src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></figure>'
+        for p in pictures
+    )
+    title = escape.escape(f"Suite {settings.tag}")
+    about = escape.escape(f"Student {Path(settings.student).name}, teacher {Path(settings.teacher).name or 'a server'}, K = {settings.top_k}")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1a1a1a; background: #fff; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
+th:first-child, td:first-child, td:nth-child(2), th:nth-child(2) {{ text-align: left; }}
+th {{ border-bottom: 2px solid #444; }}
+.wide {{ overflow-x: auto; }} .failed {{ color: #b00020; font-weight: 600; }}
+figure {{ display: inline-block; margin: .5rem; }} figure img {{ max-width: 100%; width: 36rem; }}
+</style></head><body>
+<h1>{title}</h1><p>{about}</p>
+{images}
+<h2>Means over seeds</h2><div class="wide">{_html_table(_mean_table(seeds))}</div>
+<h2>Runs</h2><div class="wide">{_html_table(shown(table))}</div>
+<p>{escape.escape(NOTES)}</p>
+</body></html>
+"""
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    head = "".join(f"<th scope='col'>{escape.escape(c)}</th>" for c in table.columns)
+    body = ""
+    for row in table.itertuples(index=False):
+        cells = "".join(f"<td{' class=failed' if c == 'failed' else ''}>{escape.escape(c)}</td>" for c in row)
+        body += f"<tr>{cells}</tr>\n"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
