@@ -55,3 +55,14 @@ def topk(logps, ids, teacher_logps, kind, beta=0.5, tail=True):
             t = torch.cat([t, torch.tensor([math.log(rest)], dtype=torch.float64)])
         out.append(divergence(kind, s[None], t[None], beta)[0])
     return torch.stack(out) if out else logps.sum(1)
+
+
+def fill_from_list(ids, logps, listed_ids, listed_logps):
+    """Unknown (NaN) teacher log-probs looked up in the teacher's own list, entry by entry."""
+    out = logps.clone()
+    for r in range(ids.shape[0]):
+        listed = dict(zip(listed_ids[r].tolist(), listed_logps[r].tolist(), strict=True))
+        for k, token in enumerate(ids[r].tolist()):
+            if token >= 0 and out[r, k].isnan() and token in listed:
+                out[r, k] = listed[token]
+    return out

@@ -14,6 +14,14 @@ def option(args, name: str, default):
     return default if value is None else value
 
 
+def jsd_beta(args) -> float:
+    """opd_jsd_beta, 0.5 unless given. Raises ConfigError outside (0, 1), where the JSD is 0 or a KL by another name."""
+    beta = float(option(args, "opd_jsd_beta", 0.5))
+    if not 0.0 < beta < 1.0:
+        raise ConfigError(f"expected 0 < opd_jsd_beta < 1, got {beta}; for the limits take a forward or reverse KL loss")
+    return beta
+
+
 @dataclass(frozen=True)
 class HeadOptions:
     shard: VocabShard
@@ -22,7 +30,7 @@ class HeadOptions:
 
 
 def head_options(weight_VH, args, tp_group) -> HeadOptions:
-    """Reads vocab_size (ids that exist; missing: no padding), rollout_temperature, opd_loss_chunk_rows.
+    """Reads vocab_size (ids that exist; missing: no padding), rollout_temperature, loss_chunk_rows.
 
     Raises ConfigError when the temperature is not positive.
     """
@@ -31,4 +39,4 @@ def head_options(weight_VH, args, tp_group) -> HeadOptions:
         raise ConfigError(f"expected rollout_temperature > 0 (log-probs are those of logits / temperature), "
                           f"got {temperature}; sample with a positive temperature to train")
     shard = VocabShard.of(weight_VH.shape[0], option(args, "vocab_size", None), tp_group)
-    return HeadOptions(shard, 1.0 / temperature, option(args, "opd_loss_chunk_rows", None))
+    return HeadOptions(shard, 1.0 / temperature, option(args, "loss_chunk_rows", None))

@@ -6,6 +6,9 @@ All work on logits z = logits x inv_temperature, in f32 (f64 for f64 logits). No
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 
@@ -52,3 +55,75 @@ def scale_(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "cpu" and float(factor) == 1.0:
         return tensor
     return tensor.mul_(factor.to(tensor.dtype))
+
+
+class PairStats(NamedTuple):
+    """Of two chunks of logits x (student) and y (teacher), f32 [C] each; KL(x || y) = reverse / sum_x - log sum_x + log sum_y.
+
+    sums of e^(x - max_x), of e^(y - max_y); moment_x = sum e^(x - max_x) (x - max_x);
+    reverse = sum e^(x - max_x) ((x - max_x) - (y - max_y)); forward = sum e^(y - max_y) ((y - max_y) - (x - max_x)).
+    """
+
+    max_x: torch.Tensor
+    sum_x: torch.Tensor
+    moment_x: torch.Tensor
+    max_y: torch.Tensor
+    sum_y: torch.Tensor
+    reverse: torch.Tensor
+    forward: torch.Tensor
+
+
+def pair_stats(student_CV: torch.Tensor, teacher_CV: torch.Tensor, inv_temperature: float = 1.0) -> PairStats:
+    """Statistics of both softmaxes and of their divergences in one read of both chunks; all logits must be finite."""
+    if student_CV.shape[1] == 0:
+        empty_C = torch.zeros(student_CV.shape[0], dtype=torch.promote_types(student_CV.dtype, torch.float32),
+                              device=student_CV.device)
+        none_C = torch.full_like(empty_C, -torch.inf)
+        return PairStats(none_C, empty_C, empty_C, none_C, empty_C, empty_C, empty_C)
+    x_CV, y_CV = _scaled(student_CV, inv_temperature), _scaled(teacher_CV, inv_temperature)
+    max_x, max_y = x_CV.amax(1), y_CV.amax(1)
+    x_CV, y_CV = x_CV - max_x[:, None], y_CV - max_y[:, None]
+    ex_CV, ey_CV = x_CV.exp(), y_CV.exp()
+    moment_x = (ex_CV * x_CV).sum(1)
+    gap_CV = x_CV.sub_(y_CV)
+    return PairStats(max_x, ex_CV.sum(1), moment_x, max_y, ey_CV.sum(1), (ex_CV * gap_CV).sum(1), -(ey_CV * gap_CV).sum(1))
+
+
+def _log_mixture(s_CV: torch.Tensor, t_CV: torch.Tensor, beta: float) -> torch.Tensor:
+    return torch.logaddexp(t_CV + math.log(beta), s_CV + math.log1p(-beta))
+
+
+def jsd_sums(student_CV, teacher_CV, log_z_x_C, log_z_y_C, beta: float, inv_temperature: float = 1.0):
+    """This rank's part of (KL(p || m), KL(q || m)), m = beta q + (1 - beta) p, f32 [C] each."""
+    if student_CV.shape[1] == 0:
+        return torch.zeros_like(log_z_x_C), torch.zeros_like(log_z_x_C)
+    s_CV = _scaled(student_CV, inv_temperature) - log_z_x_C[:, None]
+    t_CV = _scaled(teacher_CV, inv_temperature) - log_z_y_C[:, None]
+    m_CV = _log_mixture(s_CV, t_CV, beta)
+    return (s_CV.exp() * (s_CV - m_CV)).sum(1), (t_CV.exp() * (t_CV - m_CV)).sum(1)
+
+
+def pair_gradient_(student_CV, teacher_CV, kind: str, log_z_x_C, log_z_y_C, value_C, coefficient_C, beta: float = 0.5,
+                   inv_temperature: float = 1.0) -> torch.Tensor:
+    """Overwrite the student's logits with coefficient x d divergence / d z. With log-probs s, t and p = e^s, q = e^t:
+
+    reverse_kl: p (s - t - value), value = KL(p || q); forward_kl: p - q;
+    jsd: (1 - beta) p (s - m - value), value = KL(p || m). Returns the logits.
+    """
+    if student_CV.shape[1] == 0:
+        return student_CV
+    s_CV = _scaled(student_CV, inv_temperature) - log_z_x_C[:, None]
+    t_CV = _scaled(teacher_CV, inv_temperature) - log_z_y_C[:, None]
+    p_CV = s_CV.exp()
+    if kind == "reverse_kl":
+        grad_CV = s_CV.sub_(t_CV).sub_(value_C[:, None]).mul_(p_CV)
+    elif kind == "forward_kl":
+        grad_CV = p_CV.sub_(t_CV.exp_())
+    else:
+        grad_CV = s_CV.sub(_log_mixture(s_CV, t_CV, beta)).sub_(value_C[:, None]).mul_(p_CV).mul_(1.0 - beta)
+    return student_CV.copy_(grad_CV.mul_(coefficient_C[:, None]))
+
+
+def scale_rows_(tensor_CV: torch.Tensor, factor_C: torch.Tensor) -> torch.Tensor:
+    """Multiply rows in place; rows whose factor is 1 are not touched on CUDA."""
+    return tensor_CV.mul_(factor_C.to(tensor_CV.dtype)[:, None])

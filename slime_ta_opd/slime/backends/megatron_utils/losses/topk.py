@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from slime.backends.megatron_utils.losses.linear_head import linear_loss
-from slime.backends.megatron_utils.losses.options import head_options, option
+from slime.backends.megatron_utils.losses.options import head_options, jsd_beta, option
 from slime.backends.megatron_utils.losses.registry import register_loss
 from slime.backends.megatron_utils.losses.softmax_ops import row_stats, softmax_scale_
 from slime.backends.megatron_utils.losses.vocab_parallel import (
@@ -30,7 +30,6 @@ from slime.backends.megatron_utils.losses.vocab_parallel import (
     log_sum,
     merge_softmax,
 )
-from ta_opd.errors import ConfigError
 
 TAIL_FLOOR = 2.0**-24  # half a unit in the last place of a probability near 1
 
@@ -68,14 +67,6 @@ def jsd(s_CB, t_CB, beta):
     m_CB = torch.logaddexp(t_CB + math.log(beta), s_CB + math.log1p(-beta))
     slope_CB = (1.0 - beta) * _masked_product(p_CB, s_CB - m_CB)
     return beta * _masked_product(q_CB, t_CB - m_CB) + slope_CB, slope_CB
-
-
-def jsd_beta(args) -> float:
-    """opd_jsd_beta, 0.5 unless given. Raises ConfigError outside (0, 1), where the JSD is 0 or a KL by another name."""
-    beta = float(option(args, "opd_jsd_beta", 0.5))
-    if not 0.0 < beta < 1.0:
-        raise ConfigError(f"expected 0 < opd_jsd_beta < 1, got {beta}; for the limits take a forward or reverse KL loss")
-    return beta
 
 
 def teacher_at(ids_RK, teacher_ids_RJ, teacher_logps_RJ):

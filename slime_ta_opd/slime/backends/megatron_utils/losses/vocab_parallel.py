@@ -122,5 +122,43 @@ def top_columns(logits_CV: torch.Tensor, k: int, shard: VocabShard) -> tuple[tor
     all_ids = [torch.empty_like(ids) for _ in range(size)]
     dist.all_gather(all_values, values, group=shard.group)
     dist.all_gather(all_ids, ids, group=shard.group)
-    values, order = torch.cat(all_values, 1).sort(1, descending=True, stable=True)
+    values, order = torch.cat(all_values, 1).sort(dim=1, descending=True, stable=True)
     return torch.cat(all_ids, 1).gather(1, order)[:, :k], values[:, :k].contiguous()
+
+
+def merge_pair(stats, group):
+    """Join what `softmax_ops.pair_stats` found on each rank, relative to the joint maxima; two all-reduces."""
+    if group_size(group) == 1:
+        return stats
+    top_x, top_y = all_reduce_(torch.stack([stats.max_x, stats.max_y]), group, "max").unbind(0)
+    here = stats.sum_x > 0
+    dx, dy = torch.where(here, stats.max_x - top_x, 0.0), torch.where(here, stats.max_y - top_y, 0.0)
+    scale_x, scale_y = torch.where(here, dx.exp(), 0.0), torch.where(here, dy.exp(), 0.0)
+    joined = torch.stack([
+        stats.sum_x * scale_x,
+        (stats.moment_x + stats.sum_x * dx) * scale_x,
+        stats.sum_y * scale_y,
+        (stats.reverse + stats.sum_x * (dx - dy)) * scale_x,
+        (stats.forward + stats.sum_y * (dy - dx)) * scale_y,
+    ])
+    sum_x, moment_x, sum_y, reverse, forward = all_reduce_(joined, group).unbind(0)
+    return type(stats)(top_x, sum_x, moment_x, top_y, sum_y, reverse, forward)
+
+
+def reshard_vocab(weight_VH: torch.Tensor, num_rows: int, group) -> torch.Tensor:
+    """Rows of an LM head split over the group, moved to shards of `num_rows` rows: rank r gets ids r x num_rows onward.
+
+    For a teacher whose padded vocabulary is not the student's. Done once, when the teacher is loaded: the whole head is on
+    every rank for a moment. Ids the head does not have get rows of zeros.
+    """
+    size = group_size(group)
+    parts = [weight_VH]
+    if size > 1:
+        parts = [torch.empty_like(weight_VH) for _ in range(size)]
+        dist.all_gather(parts, weight_VH.contiguous(), group=group)
+    whole = torch.cat(parts)
+    start = group_rank(group) * num_rows
+    mine = whole[start : start + num_rows]
+    out = weight_VH.new_zeros(num_rows, weight_VH.shape[1])
+    out[: mine.shape[0]] = mine
+    return out
