@@ -24,8 +24,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ta_opd import libm
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.topk import PAD_ID, TopK
+from ta_opd.union import Union, ordered_sum, union_fast, union_in_released_order
 
 EPS = 1e-12
 TAIL_RESOLUTION = 1e-6
@@ -85,11 +87,10 @@ def token_metrics(
     np.negative(out["sampled_reverse_kl"], out=out["sampled_teacher_adv"])
 
     rows = max(64, BLOCK_ENTRIES // (2 * max(student.K, 1)))
-    match = _match_in_order if dtype == np.float64 else _match_sorted
     for start in range(0, T, rows):
         block = slice(start, min(start + rows, T))
         view = {name: values[block] for name, values in out.items()}
-        _block_metrics(student[block], teacher[block], sampled_T[block], support, match, view)
+        _block_metrics(student[block].astype(dtype), teacher[block].astype(dtype), sampled_T[block], support, view)
     _exact_mass(out, student, teacher_at_student_ids, partly_exact)
     if support == "exact":
         _full_vocabulary(out, exact, T)
@@ -136,122 +137,129 @@ def _allocate(T: int, dtype) -> dict[str, np.ndarray]:
     return {name: np.zeros(T, kinds.get(name, dtype)) for name in METRIC_COLUMNS}
 
 
-def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, match, out: dict) -> None:
+def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, out: dict) -> None:
     student, teacher = _usable(student), _usable(teacher)
-    p_sides, mass_sides, active_sides = [], [], []
+    p_sides, mass_sides = [], []
     for name, short, topk in (("student", "Hs", student), ("teacher", "Ht", teacher)):
-        p_BK = np.exp(np.minimum(topk.logprobs, MAX_LOGPROB))
+        p_BK = libm.exp(np.minimum(topk.logprobs, MAX_LOGPROB))
         mass_B = _row_sum(p_BK)
-        out[f"{name}_topk_mass"][:] = np.clip(mass_B, 0.0, 1.0)
+        np.minimum(mass_B, 1, out=out[f"{name}_topk_mass"])
         _entropy(p_BK, mass_B, out[f"{short}_topk"], out[f"{short}_topk_norm"])
         if topk.K:
             out[f"{name}_top1_id"][:] = topk.ids[:, 0]
             out[f"{name}_top1_prob"][:] = p_BK[:, 0]
-        hit_BK = (topk.ids == sampled_B[:, None]) & (topk.ids >= 0)
-        out[f"target_in_{name}_topk"][:] = hit_BK.any(axis=1)
-        if topk.K:
-            out[f"target_{name}_rank"][:] = (hit_BK.argmax(axis=1) + 1) * out[f"target_in_{name}_topk"]
+            rank_B = _rank_of(sampled_B, topk.ids)
+            out[f"target_{name}_rank"][:] = rank_B
+            np.greater(rank_B, 0, out=out[f"target_in_{name}_topk"].view(bool))
         p_sides.append(p_BK)
         mass_sides.append(mass_B)
-        active_sides.append(topk.ids >= 0)
     if student.K == 0:
         return
-    out["reach_t1"][:] = ((student.ids == teacher.ids[:, :1]) & active_sides[0]).any(axis=1)
-    p_student_BU, p_teacher_BU, active_BU, both_BU = match(student.ids, teacher.ids, *p_sides)
-    num_both_B = both_BU.sum(axis=1)
-    out["Coverlap"][:] = num_both_B / student.K
-    out["Cmass_topk"][:] = np.clip(_row_sum(np.where(both_BU, p_teacher_BU, 0)), 0.0, 1.0)
+    np.greater(_rank_of(teacher.ids[:, 0], student.ids), 0, out=out["reach_t1"].view(bool))
+    match = union_in_released_order if mass_sides[0].dtype == np.float64 else union_fast
+    union = match(student.ids, teacher.ids, *p_sides)
+    np.divide(union.num_shared, student.K, out=out["Coverlap"], casting="same_kind")
+    np.minimum(union.shared_mass, 1, out=out["Cmass_topk"])
     out["Cmass"][:] = out["Cmass_topk"]
-    _divergences(
-        p_student_BU, p_teacher_BU, active_BU, mass_sides, p_sides,
-        [active.sum(axis=1) for active in active_sides], num_both_B, support == "union_tail", out,
-    )  # fmt: skip
+    _divergences(union, mass_sides, _tails(union, student, teacher, p_sides) if support == "union_tail" else None, out)
 
 
 def _usable(topk: TopK) -> TopK:
     """Entries with an id and a finite log-prob, as `TopK.from_lists` leaves them; hand-made arrays may need repair."""
-    if ((topk.ids >= 0) == np.isfinite(topk.logprobs)).all():
+    if np.array_equal(topk.ids >= 0, np.isfinite(topk.logprobs)):
         return topk
     return topk.checked()
 
 
+def _rank_of(token_B, ids_BK) -> np.ndarray:
+    """1-based place of a token in each row, 0 where it is not there (or is the padding -1)."""
+    hit_BK = ids_BK == token_B.astype(np.int32, copy=False)[:, None]
+    rank_B = hit_BK.argmax(axis=1) + 1
+    rank_B *= hit_BK[np.arange(len(rank_B)), rank_B - 1]
+    rank_B *= token_B >= 0
+    return rank_B
+
+
 def _row_sum(x_BU: np.ndarray) -> np.ndarray:
-    """Sum of each row. In float64 from left to right, so that equal rows written in one order give equal bits."""
-    if x_BU.dtype != np.float64:
-        return x_BU.sum(axis=1)
-    total_B = np.zeros(x_BU.shape[0])
-    for column in range(x_BU.shape[1]):
-        total_B += x_BU[:, column]
-    return total_B
+    """Sum of each row, the same for equal rows wherever they stand in the batch (a BLAS product does not promise that)."""
+    return ordered_sum(x_BU) if x_BU.dtype == np.float64 else np.einsum("bu->b", x_BU)
+
+
+def _row_dot(a_BU: np.ndarray, b_BU: np.ndarray) -> np.ndarray:
+    return ordered_sum(a_BU * b_BU) if a_BU.dtype == np.float64 else np.einsum("bu,bu->b", a_BU, b_BU)
+
+
+def _positive(mass_B: np.ndarray) -> np.ndarray:
+    """Masses to divide by: 1 where there is none."""
+    return np.where(mass_B > 0, mass_B, mass_B.dtype.type(1))
 
 
 def _entropy(p_BK, mass_B, entropy_B, normalised_B) -> None:
     """Entropy (nats) of each row divided by its mass, and the same over ln(max(number of p > 0, 2)); 0 for a row without mass."""
-    q_BK = p_BK / np.where(mass_B > 0, mass_B, 1)[:, None]
-    entropy_B[:] = -_row_sum(q_BK * np.log(np.maximum(q_BK, EPS)))
+    q_BK = p_BK / _positive(mass_B)[:, None]
+    log_q_BK = np.maximum(q_BK, _column(EPS, q_BK))
+    log_q_BK = libm.log(log_q_BK)
+    np.negative(_row_dot(q_BK, log_q_BK), out=entropy_B)
     np.maximum(entropy_B, 0, out=entropy_B)
-    np.divide(entropy_B, np.log(np.maximum((p_BK > 0).sum(axis=1), 2)), out=normalised_B)
+    K = p_BK.shape[1]
+    log_counts = libm.log(np.maximum(np.arange(K + 1), 2).astype(p_BK.dtype))
+    num_positive_B = K if (p_BK[:, -1:] > 0).all() else np.count_nonzero(p_BK, axis=1)
+    np.divide(entropy_B, log_counts[num_positive_B], out=normalised_B)
 
 
-def _match_in_order(student_ids, teacher_ids, p_student, p_teacher):
-    """Union slots in the order student entries, then teacher-only entries.
-
-    Returns (student p, teacher p, active, in both), each [B, 2K]; a side's p is 0 where it did not return the id.
-    """
-    B, K = student_ids.shape
-    ids_BU = np.concatenate([student_ids, teacher_ids], axis=1).astype(np.int64)
-    keys_BU = (ids_BU << 32) | np.arange(2 * K)
-    keys_BU.sort(axis=1)
-    same_BU = ((keys_BU[:, 1:] >> 32) == (keys_BU[:, :-1] >> 32)) & (keys_BU[:, 1:] >= 0)
-    rows, columns = np.nonzero(same_BU)
-    at_student = keys_BU[rows, columns] & 0xFFFFFFFF
-    at_teacher = keys_BU[rows, columns + 1] & 0xFFFFFFFF
-    p_student_BU, p_teacher_BU = np.zeros((B, 2 * K)), np.zeros((B, 2 * K))
-    p_student_BU[:, :K] = p_student
-    p_teacher_BU[:, K:] = p_teacher
-    p_teacher_BU[rows, at_student] = p_teacher_BU[rows, at_teacher]
-    active_BU = ids_BU >= 0
-    active_BU[rows, at_teacher] = False
-    p_teacher_BU[rows, at_teacher] = 0
-    both_BU = np.zeros((B, 2 * K), bool)
-    both_BU[rows, at_student] = True
-    return p_student_BU, p_teacher_BU, active_BU, both_BU
+def _column(value: float, like_BU: np.ndarray) -> np.ndarray:
+    """One value as [B, 1]: numpy's two-array loops are faster than those with a scalar."""
+    return np.full((like_BU.shape[0], 1), value, like_BU.dtype)
 
 
-_match_sorted = _match_in_order
+def _tails(union: Union, student: TopK, teacher: TopK, p_sides) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per side (R, m): the probability left for what it did not return, and what one missing member gets. See the module."""
+    result = []
+    for own, other, p_BK in ((student, teacher, p_sides[0]), (teacher, student, p_sides[1])):
+        count_B, other_count_B = ((x.ids >= 0).sum(axis=1) for x in (own, other))
+        left_B = np.maximum(1 - _row_sum(p_BK), TAIL_RESOLUTION).astype(p_BK.dtype)
+        smallest_B = p_BK[np.arange(len(p_BK)), np.maximum(count_B - 1, 0)]
+        missing_B = np.minimum(smallest_B, left_B / (other_count_B - union.num_shared + 1))
+        result.append((left_B, missing_B.astype(p_BK.dtype), other_count_B - union.num_shared))
+    return result
 
 
-def _divergences(p_student_BU, p_teacher_BU, active_BU, mass_sides, p_sides, counts, num_both_B, tail: bool, out) -> None:
+def _divergences(union: Union, mass_sides, tails, out: dict) -> None:
     q_sides, rests = [], []
-    both_sides = zip((p_student_BU, p_teacher_BU), mass_sides, p_sides, counts, reversed(counts), strict=True)
-    for p_BU, mass_B, p_BK, count_B, other_count_B in both_sides:
-        safe_B = np.where(mass_B > 0, mass_B, 1)
-        if tail:
-            num_missing_B = other_count_B - num_both_B
-            left_B = np.maximum(1 - mass_B, TAIL_RESOLUTION).astype(p_BU.dtype)
-            smallest_B = p_BK[np.arange(len(p_BK)), np.maximum(count_B - 1, 0)]
-            missing_B = np.minimum(smallest_B, left_B / (num_missing_B + 1))
-            total_B = safe_B + left_B
-            floor_B = missing_B / total_B
-            rests.append((left_B - num_missing_B * missing_B) / total_B)
+    for side, p_BU in enumerate((union.p_student, union.p_teacher)):
+        if tails is None:
+            # In float64 the released code sums the mass over the union once more, in the union's order.
+            total_B = _positive(ordered_sum(p_BU) if p_BU.dtype == np.float64 else mass_sides[side])
+            floor_B1 = _column(EPS, p_BU)
         else:
-            total_B, floor_B = safe_B, np.asarray(EPS, p_BU.dtype)[None]
-        q_sides.append(np.maximum(p_BU / total_B[:, None], floor_B[:, None]))
+            left_B, missing_B, num_missing_B = tails[side]
+            total_B = mass_sides[side] + left_B
+            floor_B1 = (missing_B / total_B)[:, None]
+            rests.append((left_B - num_missing_B.astype(p_BU.dtype) * missing_B) / total_B)
+        q_BU = p_BU / total_B[:, None]
+        q_sides.append(np.maximum(q_BU, floor_B1, out=q_BU))
     q_student_BU, q_teacher_BU = q_sides
-    ratio_BU = np.log(q_teacher_BU)
-    ratio_BU -= np.log(q_student_BU)
-    ratio_BU *= active_BU
-    forward_B = _row_sum(q_teacher_BU * ratio_BU)
-    reverse_B = -_row_sum(q_student_BU * ratio_BU)
-    overlap_B = _row_sum(np.sqrt(q_student_BU * q_teacher_BU) * active_BU)
-    if tail:
-        rest_ratio_B = np.log(rests[1]) - np.log(rests[0])
+    ratio_BU = libm.log(q_teacher_BU)
+    ratio_BU -= libm.log(q_student_BU)
+    active_BU = union.active
+    if active_BU is None and tails is not None:
+        active_BU = (union.p_student > 0) | (union.p_teacher > 0)
+    if active_BU is not None:
+        ratio_BU *= active_BU
+    forward_B = _row_dot(q_teacher_BU, ratio_BU)
+    reverse_B = -_row_dot(q_student_BU, ratio_BU)
+    q_student_BU *= q_teacher_BU
+    np.sqrt(q_student_BU, out=q_student_BU)
+    # With the 1e-12 floor an inactive slot adds 1e-12, which float32 cannot see.
+    overlap_B = _row_sum(q_student_BU) if active_BU is None else _row_dot(q_student_BU, active_BU.astype(q_student_BU.dtype))
+    if tails is not None:
+        rest_ratio_B = libm.log(rests[1]) - libm.log(rests[0])
         forward_B += rests[1] * rest_ratio_B
         reverse_B -= rests[0] * rest_ratio_B
         overlap_B += np.sqrt(rests[0] * rests[1])
     known_B = (mass_sides[0] > 0) & (mass_sides[1] > 0)
     for name, values_B in (("KLf_union", forward_B), ("KLr_union", reverse_B), ("CBC", overlap_B)):
-        out[name][:] = np.where(known_B, values_B, 0)
+        np.multiply(values_B, known_B, out=out[name])
 
 
 def _exact_mass(out: dict, student: TopK, teacher_at_student_ids, partly_exact: bool) -> None:
@@ -271,7 +279,7 @@ def _exact_mass(out: dict, student: TopK, teacher_at_student_ids, partly_exact: 
         real_BK = student.ids[block] != PAD_ID
         any_B = given_BK.any(axis=1)
         exact_B = any_B if partly_exact else any_B & (given_BK | ~real_BK).all(axis=1)
-        p_BK = np.exp(np.minimum(np.where(given_BK & real_BK, known[block], -np.inf), MAX_LOGPROB))
+        p_BK = libm.exp(np.minimum(np.where(given_BK & real_BK, known[block], -np.inf), MAX_LOGPROB))
         mass_B = np.clip(_row_sum(p_BK), 0.0, 1.0)
         out["Cmass_exact"][block] = exact_B
         out["Cmass_true"][block][exact_B] = mass_B[exact_B]

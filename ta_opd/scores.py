@@ -136,8 +136,8 @@ def quantiles(x_P: np.ndarray, which: tuple[float, ...]) -> list:
     result = []
     for place in places:
         low, high = int(np.floor(place)), int(np.ceil(place))
-        a, b = sorted_P[low], sorted_P[high]
-        result.append(x_P.dtype.type(a + (b - a) * x_P.dtype.type(place - low)) if high > low else a)
+        share = x_P.dtype.type(place - low)
+        result.append(sorted_P[low] * (1 - share) + sorted_P[high] * share if high > low else sorted_P[low])
     return result
 
 
