@@ -1,0 +1,1 @@
+../../../../slime_ta_opd/slime/rollout/tip_compat.py
