@@ -20,7 +20,7 @@ ACCEPTED_ONLY = {
     "--no-gradient-accumulation-fusion": 0, "--attention-softmax-in-fp32": 0, "--accumulate-allreduce-grads-in-fp32": 0,
     "--attention-dropout": 1, "--hidden-dropout": 1, "--attention-backend": 1, "--megatron-to-hf-mode": 1,
     "--qkv-format": 1, "--balance-data": 0, "--use-kl-loss": 0, "--kl-loss-coef": 1, "--kl-loss-type": 1,
-    "--entropy-coef": 1, "--expert-tensor-parallel-size": 1, "--num-gpus-per-node": 1, "--ref-load": 1,
+    "--entropy-coef": 1, "--expert-tensor-parallel-size": 1, "--num-gpus-per-node": 1,
     "--swiglu": 0, "--disable-bias-linear": 0, "--add-qkv-bias": 0, "--qk-layernorm": 0, "--group-query-attention": 0,
     "--use-rotary-position-embeddings": 0, "--no-rope-scaling": 0, "--normalization": 1, "--norm-epsilon": 1,
     "--position-embedding-type": 1, "--untie-embeddings-and-output-weights": 0, "--sglang-enable-metrics": 0,
@@ -90,6 +90,7 @@ def _models(parser):
     g = parser.add_argument_group("models and checkpoints")
     g.add_argument("--hf-checkpoint", help="HF directory of the student: shape, tokenizer and first weights")
     g.add_argument("--load", help="torch_dist checkpoint directory to resume from (also a converted one)")
+    g.add_argument("--ref-load", help="weights to start from where --load holds no checkpoint (slime's name)")
     g.add_argument("--save", help="directory for torch_dist checkpoints; default <output-dir>/checkpoints if --save-interval")
     g.add_argument("--save-interval", type=int, help="rollouts between checkpoints")
     g.add_argument("--save-hf", nargs="?", const="", help="write the final student as an HF directory; default <output-dir>/hf")
@@ -158,6 +159,7 @@ def _teacher(parser):
     g.add_argument("--teacher-model", help="HF directory of the teacher; its server is started for the run")
     g.add_argument("--teacher", action="append", metavar="NAME=URL_OR_DIR", help="one of several named teachers")
     g.add_argument("--opd-teacher-load", help="teacher weights for --opd-type megatron (HF or torch_dist directory)")
+    g.add_argument("--opd-teacher-hf", help="HF directory that gives the teacher's shape, when --opd-teacher-load is torch_dist")
     g.add_argument("--opd-teacher-ckpt-step", type=int, help="iteration of --opd-teacher-load")
     g.add_argument("--teacher-port", type=int, help="port of the (first) teacher server; default: a free one")
     g.add_argument("--teacher-nccl-port", type=int, help="NCCL port of the (first) teacher server; default: a free one")
@@ -192,16 +194,23 @@ def _selection(parser):
     g.add_argument("--opd-budget-min-keep-per-sample", type=int, default=1, help="tokens that every response keeps; 0 = off")
     g.add_argument("--opd-compat-proxy", choices=("mass", "set", "bc", "prefix_ema"), default="mass", help="what measures compatibility C")
     g.add_argument("--opd-compat-prefix-ema-alpha", type=float, default=0.9, help="decay of prefix_ema")
+    g.add_argument("--opd-profile", choices=("paper", "released"), default="paper",
+                   help="sets the defaults of the flags below; a selector of another paper brings its own")  # fmt: skip
     g.add_argument("--opd-metric-normalization", choices=("batch_quantile", "batch_minmax", "none"),
-                   default="batch_quantile", help="how H, D and C are brought to [0, 1]")  # fmt: skip
-    g.add_argument("--opd-metric-q-low", type=float, default=0.05, help="lower quantile")
-    g.add_argument("--opd-metric-q-high", type=float, default=0.95, help="upper quantile")
-    g.add_argument("--opd-profile", choices=("paper", "released"), default="paper", help="defaults of the flags below")
+                   help="how H, D and C are brought to [0, 1]; usually batch_quantile")  # fmt: skip
+    g.add_argument("--opd-metric-q-low", type=float, help="lower quantile; usually 0.05")
+    g.add_argument("--opd-metric-q-high", type=float, help="upper quantile; usually 0.95")
     g.add_argument("--opd-metric-population", choices=("valid", "all"), help="positions that statistics are taken over")
-    g.add_argument("--opd-softor-source", choices=("dlearn", "dc"), help="what ca_softor joins to entropy")
-    g.add_argument("--opd-budget-scope", choices=("batch", "response"), help="population that shares one budget")
-    g.add_argument("--opd-budget-min-keep-rule", choices=("inside", "on_top"), help="min-keep inside or on top of the budget")
     g.add_argument("--opd-divergence-support", choices=("union_floor", "union_tail", "exact"), help="support of D")
+    g.add_argument("--opd-softor-source", choices=("dlearn", "dc"), help="what ca_softor joins to entropy")
+    g.add_argument("--opd-quadrant-cut", choices=("rank", "median"), help="how the quadrants are cut")
+    g.add_argument("--opd-budget-scope", choices=("batch", "response"), help="population that shares one budget")
+    g.add_argument("--opd-budget-rounding", choices=("ceil", "floor", "float_ceil"), help="of valid tokens x ratio")
+    g.add_argument("--opd-budget-min-keep-rule", choices=("inside", "on_top"), help="min-keep inside or on top of the budget")
+    g.add_argument("--opd-budget-min-keep-score", choices=("own", "ca_softor"), help="score that min-keep goes by")
+    g.add_argument("--opd-budget-low-ties", choices=("earlier", "later"), help="who wins a tie of a lowest-first mask")
+    g.add_argument("--opd-budget-random-source", choices=("rollout", "shuffle"), help="random mask: keyed by rollout, or released")
+    g.add_argument("--opd-budget-reported-score", choices=("ranking", "released"), help="what the column budget_score holds")
     g.add_argument("--opd-selector-path", help="own selector: package.module:function or file.py:function")
 
 
@@ -217,6 +226,9 @@ def _loss(parser):
     g.add_argument("--opd-log-valid-kl", choices=("auto", "on", "off"), default="auto",
                    help="also compute the trained divergence over all valid tokens; auto: where the vocabulary is small")  # fmt: skip
     g.add_argument("--advantage-estimator", choices=("grpo", "reinforce_plus_plus"), default="grpo", help="base advantage")
+    g.add_argument("--normalize-advantages", action="store_true", help="whiten advantages over kept tokens")
+    g.add_argument("--gamma", type=float, default=1.0, help="discount of reinforce_plus_plus")
+    g.add_argument("--use-rollout-logprobs", action="store_true", help="old log-probs from SGLang instead of the trainer")
     g.add_argument("--eps-clip", type=float, default=0.2, help="lower clip of the importance ratio")
     g.add_argument("--eps-clip-high", type=float, default=0.28, help="upper clip of the importance ratio")
     g.add_argument("--eps-clip-c", type=float, help="dual clip of the ratio for negative advantages; default off")
@@ -255,6 +267,8 @@ def _parallel(parser):
     g.add_argument("--overlap-param-gather", action="store_true", help="gather parameters during the forward pass")
     g.add_argument("--recompute-granularity", choices=("full", "selective"), help="activations computed again in the backward pass")
     g.add_argument("--recompute-method", choices=("uniform", "block"), help="which layers --recompute-granularity full covers")
+    g.add_argument("--recompute-modules", nargs="+", help="what --recompute-granularity selective covers")
+    g.add_argument("--moe-aux-loss-coeff", type=float, default=0.0, help="load balancing loss of MoE models")
     g.add_argument("--recompute-num-layers", type=int, help="layers of one recomputed block")
     g.add_argument("--bf16", action="store_true", help="default on GPU")
     g.add_argument("--fp32", action="store_true", help="default on CPU")

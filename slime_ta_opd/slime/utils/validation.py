@@ -16,7 +16,7 @@ from slime.rollout.data_source import PromptDataSource
 from slime.utils.arguments import SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.selection import MASK_CHOICES, resolve_mask
+from ta_opd.selection import MASK_CHOICES, SelectionConfig
 
 NO_SELECTION = ("none", "full")
 
@@ -93,25 +93,16 @@ def _batches(args):
 
 
 def _selection(args):
-    mask = args.opd_budget_mask
-    if args.opd_selector_path is None:
-        if mask not in MASK_CHOICES:
-            near = difflib.get_close_matches(mask, MASK_CHOICES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"--opd-budget-mask: unknown mask {mask!r}{hint}. Known: {', '.join(MASK_CHOICES)}")
-        mask = resolve_mask(mask)
+    if args.opd_selector_path is None and args.opd_budget_mask not in MASK_CHOICES:
+        near = difflib.get_close_matches(args.opd_budget_mask, MASK_CHOICES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"--opd-budget-mask: unknown mask {args.opd_budget_mask!r}{hint}. Known: {', '.join(MASK_CHOICES)}")
     if not 0 < args.opd_budget_ratio <= 1:
         raise ConfigError(f"--opd-budget-ratio: expected a share in (0, 1], got {args.opd_budget_ratio} (0.10 keeps 10 %)")
-    if not 0 <= args.opd_budget_gamma <= 1:
-        raise ConfigError(f"--opd-budget-gamma: expected [0, 1], got {args.opd_budget_gamma}")
-    if not 0 <= args.opd_metric_q_low < args.opd_metric_q_high <= 1:
-        raise ConfigError(
-            f"--opd-metric-q-low/-high: expected 0 <= low < high <= 1, got {args.opd_metric_q_low} and {args.opd_metric_q_high}"
-        )
     if not 0 <= args.opd_compat_prefix_ema_alpha <= 1:
         raise ConfigError(f"--opd-compat-prefix-ema-alpha: expected [0, 1], got {args.opd_compat_prefix_ema_alpha}")
-    if args.opd_budget_min_keep_per_sample < 0:
-        raise ConfigError(f"--opd-budget-min-keep-per-sample: expected 0 or more, got {args.opd_budget_min_keep_per_sample}")
+    config = SelectionConfig.from_args(args)  # checks every other choice
+    selects = bool(args.opd_selector_path) or config.mask not in NO_SELECTION
     if args.opd_exact_cmass_max_union < 1:
         raise ConfigError(f"--opd-exact-cmass-max-union: expected at least 1, got {args.opd_exact_cmass_max_union}")
     vocabulary = args.student_config.get("vocab_size") or 0
@@ -119,7 +110,7 @@ def _selection(args):
         raise ConfigError(f"--opd-topk-metrics-k: expected 0 to {vocabulary}, got {args.opd_topk_metrics_k}")
     if args.opd_type == "sglang" and args.opd_topk_metrics_k == 0:
         needs = {
-            f"--opd-budget-mask {args.opd_budget_mask}": mask not in NO_SELECTION or args.opd_selector_path,
+            f"--opd-budget-mask {args.opd_budget_mask}": selects,
             f"--opd-loss-type {args.opd_loss_type}": args.opd_loss_type.startswith("topk"),
             "--opd-exact-cmass": args.opd_exact_cmass,
             "--opd-token-bank-dir": args.opd_token_bank_dir,
