@@ -113,9 +113,12 @@ device_settings() { # LAUNCH_ENV and FLAGS for the placement
     LAUNCH_ENV+=("CUDA_VISIBLE_DEVICES=")
     return
   fi
+  if [[ -n $TEACHER_URL || $OPD_TYPE == megatron ]]; then # no teacher server of this run
+    LAUNCH_ENV+=("CUDA_VISIBLE_DEVICES=$RAY_GPUS")
+    return
+  fi
   _union "$RAY_GPUS" "$TEACHER_GPU"
   LAUNCH_ENV+=("CUDA_VISIBLE_DEVICES=$REPLY")
-  if [[ -n $TEACHER_URL || $OPD_TYPE == megatron ]]; then return; fi
   _count "$TEACHER_GPU"
   FLAGS+=(--teacher-num-gpus "$REPLY")
   _union "$RAY_GPUS" "$TEACHER_GPU"
