@@ -1,0 +1,1 @@
+"""Training with megatron-core: model, parallel layouts, losses, optimizer, checkpoints, HF weights both ways."""

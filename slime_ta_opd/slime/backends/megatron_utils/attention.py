@@ -1,0 +1,130 @@
+"""Causal attention over packed sequences, on GPU and CPU, with context parallelism.
+
+Shape letters: T packed tokens on this rank, S keys that this rank attends to, h query heads, g key/value heads, d head
+size, N sequence segments.
+
+A segment is a run of queries with its own run of keys; query i of n attends to keys 0 .. m-n+i of its m (bottom-right
+causal). Without context parallelism a segment is a sequence. With it every sequence is cut into 2 x CP chunks, rank r
+holds chunks r and 2CP-1-r, keys and values are all-gathered, and each held chunk is a segment whose keys are the
+sequence up to the chunk's end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """Where the segments of a packed micro-batch lie.
+
+    cu_seqlens_q, cu_seqlens_kv: int32 [N+1]; max_seqlen_q, max_seqlen_kv: ints. kv_index: int64 [S], for context
+    parallelism, which row of the all-gathered keys ([CP x T]) each attended key is. last_layer_rows: int64 [R] or None,
+    rows whose last-layer output is needed (see layer_spec.RowSelectingLayer). qkv_format is not "thd" on purpose:
+    megatron-core then keeps [T, 1, h, d] and applies rotary angles per token instead of slicing them per sequence.
+    """
+
+    qkv_format: str = "packed"
+    kv_index: Tensor | None = None
+    last_layer_rows: Tensor | None = None
+
+
+class PackedAttention(MegatronModule):
+    """Core attention for megatron-core's layer spec: torch's varlen kernel on GPU, SDPA per segment on CPU."""
+
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedLayout | None = None,
+    ) -> Tensor:
+        """query [T, 1, h, d], key and value [T, 1, g, d] -> [T, 1, h x d]."""
+        layout = packed_seq_params
+        q_Thd, k_Sgd, v_Sgd = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.cp_group.size() > 1:
+            kv = _AllGather.apply(torch.cat([k_Sgd, v_Sgd], dim=-1), self.cp_group)
+            k_Sgd, v_Sgd = kv.index_select(0, layout.kv_index).chunk(2, dim=-1)
+        out = segment_attention(
+            q_Thd, k_Sgd, v_Sgd, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv, self.scale
+        )
+        return out.reshape(out.size(0), 1, -1)
+
+
+def segment_attention(
+    q_Thd: Tensor, k_Sgd: Tensor, v_Sgd: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
+) -> Tensor:
+    """Bottom-right causal attention of each segment's queries to its keys; [T, h, d]."""
+    if q_Thd.is_cuda and q_Thd.dtype in (torch.bfloat16, torch.float16):
+        kernel, options = _varlen_kernel()
+        return kernel(q_Thd, k_Sgd.contiguous(), v_Sgd.contiguous(), cu_q, cu_k, max_q, max_k, scale=scale, **options)
+    outs = []
+    q_bounds, k_bounds = cu_q.tolist(), cu_k.tolist()
+    for i in range(len(q_bounds) - 1):
+        q = q_Thd[q_bounds[i] : q_bounds[i + 1]].transpose(0, 1)
+        k, v = (x[k_bounds[i] : k_bounds[i + 1]].transpose(0, 1) for x in (k_Sgd, v_Sgd))
+        n, m = q.size(1), k.size(1)
+        mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.size(0) != q.size(0)
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@functools.lru_cache(maxsize=1)
+def _varlen_kernel():
+    """torch's packed FlashAttention and the options that make it causal; the signature differs between versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    if "enable_gqa" in names:
+        options["enable_gqa"] = True
+    return varlen_attn, options
+
+
+class _AllGather(torch.autograd.Function):
+    """[T, ...] on every rank of a group -> [size x T, ...] in rank order; backward sums and returns the own part."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty((group.size() * x.size(0), *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        own = grad.new_empty((grad.size(0) // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+        return own, None

@@ -1,0 +1,78 @@
+"""The layer specification: megatron-core's own layers with a norm, a core attention and a last layer of ours.
+
+Shape letters: T packed tokens on this rank, R needed rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from slime.backends.megatron_utils.attention import PackedAttention
+from slime.backends.megatron_utils.rows import gather_rows
+from ta_opd.errors import ConfigError
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMS norm that works with sequence parallelism: the weight is marked, so that its gradient is summed over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class RowSelectingLayer(TransformerLayer):
+    """A transformer layer that, as the model's last one, computes its MLP only for the rows that the loss needs.
+
+    The rows are `packed_seq_params.last_layer_rows` (int64 [R], R a multiple of TP under sequence parallelism); the
+    output is [R, 1, H] in that order ([R / TP, 1, H] under sequence parallelism). Exact: nothing after attention mixes
+    positions.
+    """
+
+    def forward(self, *args, **kwargs):
+        rows = getattr(kwargs.get("packed_seq_params"), "last_layer_rows", None)
+        if rows is None or self.layer_number != self.config.num_layers:
+            return super().forward(*args, **kwargs)
+        hidden, context = self._forward_attention(*args, **kwargs)
+        parallel = self.config.sequence_parallel
+        hidden_R1H = gather_rows(hidden, rows, self.tp_group if parallel else None)
+        if parallel:
+            hidden_R1H = scatter_to_sequence_parallel_region(hidden_R1H, group=self.tp_group)
+        return self._forward_mlp(hidden_R1H), context
+
+
+def block_spec(config: TransformerConfig, implementation: str = "local") -> TransformerBlockSubmodules:
+    """Specification of this pipeline stage's layers. `implementation`: "local" or "transformer_engine".
+
+    Raises ConfigError where Transformer Engine is asked for and not installed.
+    """
+    experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
+    if implementation == "transformer_engine":
+        try:
+            import transformer_engine  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                "--transformer-impl transformer_engine: Transformer Engine is not installed; install it or use local"
+            ) from error
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
+        norm = TENorm
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
+        norm = RMSNorm
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        if config.qk_layernorm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = norm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    spec.module = RowSelectingLayer
+    layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)

@@ -1,0 +1,271 @@
+"""One optimizer step: rows, micro-batches, forward and backward, one number for the loss, and what is logged.
+
+Shape letters: R rows, H hidden size, V vocabulary, L response length, N samples of this rank.
+
+Losses are divided by counts of the whole step over all ranks (`losses.reduction`), so the objective is a plain sum over
+rows, micro-batches and ranks, and every layout gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from slime.backends.megatron_utils import distributed, forward, packing
+from slime.backends.megatron_utils.losses.reduction import row_factors
+from slime.backends.megatron_utils.losses.registry import LossSpec, get_loss
+from slime.backends.megatron_utils.losses.types import Rows
+from slime.backends.megatron_utils.model import unwrap
+from slime.backends.megatron_utils.packing import MicroBatch
+from slime.backends.megatron_utils.settings import Settings
+from slime.utils.fields import FIELDS, LOGGED
+
+EXTRA_ROW_FIELDS = {"advantages": "advantage_R", "student_log_probs_old": "student_logp_old_R"}
+ROW_OF = {f.name: f.row for f in FIELDS if f.row} | EXTRA_ROW_FIELDS
+
+
+@dataclass
+class Stepper:
+    """What stays the same from step to step: the model, the loss, the settings and the device."""
+
+    model: object
+    loss: LossSpec
+    settings: Settings
+    args: argparse.Namespace
+    device: torch.device
+    log_valid: bool = False
+    teacher: Callable[[list[MicroBatch]], list[dict[str, Tensor]]] | None = None
+    field_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        needed = self.loss.needs_for(self.args)
+        self.field_names = [name for name, row in ROW_OF.items() if row in needed]
+        self.field_names += [n for n in ("opd_weights", "advantages", *LOGGED) if n not in self.field_names]
+
+    def pack(self, data: dict, indices: list[int], choose) -> list[MicroBatch]:
+        """Micro-batches of these samples, as many on every rank."""
+        return packing.pack(
+            data,
+            indices,
+            choose,
+            max_tokens=self.settings.max_tokens_per_gpu,
+            parallel=replace(forward.parallel(), sequence_parallel=self.settings.sequence_parallel),
+            field_names=self.field_names,
+            agree=distributed.max_over_ranks,
+            device=self.device,
+        )
+
+    def gradients(self, data: dict, step: dict) -> StepSums:
+        """Adds the step's gradient to the model's buffers; returns the sums over all ranks that metrics are made of."""
+        settings = self.settings
+        batches = self.pack(
+            data, step["indices"], lambda d, i: packing.choose_rows(d, i, settings.opd_loss_rows, self.log_valid)
+        )
+        kept_per_sample = torch.tensor([float(w.sum(dtype=np.float64)) for w in data["opd_weights"]], device=self.device)
+        if self.teacher is not None:
+            for batch, fields in zip(batches, self.teacher(batches), strict=True):
+                batch.fields.update(fields)
+        denominator: dict[str, float] = {}
+
+        def head(batch: MicroBatch, hidden_RH: Tensor, weight_VH: Tensor) -> tuple[Tensor, dict]:
+            n = batch.num_grad
+            rows = self._rows(batch, slice(0, n))
+            reduction = row_factors(
+                settings.opd_loss_reduction,
+                rows.weight_R,
+                kept_tokens=step["kept_tokens"],
+                valid_tokens=step["valid_tokens"],
+                num_samples=step["num_samples"],
+                sample_R=rows.sample_R,
+                kept_per_sample_N=kept_per_sample,
+            )
+            denominator[reduction.denominator_name] = reduction.denominator
+            rows.factor_R = reduction.factor_R.to(torch.float32)
+            group = mpu.get_tensor_model_parallel_group()
+            result = self.loss(hidden_RH[:n], weight_VH, rows, self.args, group)
+            keep = {"total": result.total.detach(), "loss": result.loss_R.detach(), "stats": result.stats, "batch": batch}
+            if batch.num_rows > n:
+                with torch.no_grad():
+                    other = self._rows(batch, slice(n, None))
+                    keep["other"] = self.loss(hidden_RH[n:].detach(), weight_VH.detach(), other, self.args, group).stats
+            return result.total, keep
+
+        kept = forward.run(self.model, batches, head, forward_only=False)
+        return StepSums.collect(kept, batches, data, denominator, whole=self.log_valid or settings.opd_loss_rows == "all")
+
+    def _rows(self, batch: MicroBatch, part: slice) -> Rows:
+        rows = Rows(target_R=batch.fields["target"][part], sample_R=batch.sample[part])
+        for name, value in batch.fields.items():
+            row = ROW_OF.get(name, name)
+            if row == "teacher_weight_VH":
+                rows.teacher_weight_VH = value
+            elif row.endswith(("_R", "_RK", "_RH")):
+                setattr(rows, row, value[part])
+        if "student_log_probs_old" in batch.fields:
+            rows.student_logp_old_R = batch.fields["student_log_probs_old"][part]
+        return rows
+
+    def log_probs(self, data: dict) -> list[np.ndarray]:
+        """Log-prob of every response token under the current weights: float32 [L] a sample, on every rank of a replica."""
+        loss = get_loss("sampled_reverse_kl")
+        lengths = data["response_lengths"]
+        batches = self.pack(data, list(range(len(lengths))), packing.every_row)
+
+        def head(batch: MicroBatch, hidden_RH: Tensor, weight_VH: Tensor) -> tuple[Tensor, dict]:
+            target = batch.fields["target"]
+            zero = torch.zeros(target.shape, device=target.device)
+            rows = Rows(target_R=target, student_logp_old_R=zero, teacher_logp_R=zero)
+            stats = self.loss_stats(loss, hidden_RH, weight_VH, rows)
+            return zero.sum(), {"batch": batch, "logp": stats.get("student_logp", zero)}
+
+        with forward.evaluating(self.model):
+            kept = forward.run(self.model, batches, head, forward_only=True)
+        triples = [(k["batch"].sample, k["batch"].response_position, k["logp"]) for k in kept]
+        return share_rows(forward.scatter_rows(triples, lengths, self.device), lengths, self.device)
+
+    def loss_stats(self, loss: LossSpec, hidden_RH: Tensor, weight_VH: Tensor, rows: Rows) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return loss(hidden_RH, weight_VH, rows, self.args, mpu.get_tensor_model_parallel_group()).stats
+
+
+def share_rows(values: list[Tensor], lengths: list[int], device: torch.device) -> list[np.ndarray]:
+    """Per-response values that the last stage's context-parallel ranks hold in parts (zero elsewhere) -> whole, on all."""
+    flat = torch.cat([torch.zeros(0, device=device), *values]).contiguous()
+    if mpu.get_context_parallel_world_size() > 1:
+        torch.distributed.all_reduce(flat, group=mpu.get_context_parallel_group())
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        last = mpu.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(flat, src=last, group=mpu.get_pipeline_model_parallel_group())
+    return [x.copy() for x in np.split(flat.cpu().numpy(), np.cumsum(lengths)[:-1])] if lengths else []
+
+
+@dataclass
+class StepSums:
+    """Sums of one step over all ranks, the same on every rank. sums: name -> (sum, count); peaks: name -> maximum."""
+
+    sums: dict[str, tuple[float, float]]
+    peaks: dict[str, float]
+    total: float
+    denominator: dict[str, float]
+    bad_samples: list[int]
+
+    @classmethod
+    def collect(cls, kept: list[dict], batches: list[MicroBatch], data: dict, denominator: dict, whole: bool) -> StepSums:
+        own = _RankSums()
+        if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
+            for keep in kept:
+                own.add(keep, data, whole)
+            own.count("tokens", float(sum(b.num_tokens for b in batches)))
+            own.count("micro_batches", float(len(batches)) if mpu.get_context_parallel_rank() == 0 else 0.0)
+            own.denominator = denominator
+        joined = _RankSums()
+        for other in distributed.gather_objects(own):
+            joined.merge(other)
+        return cls(joined.sums, joined.peaks, joined.total, joined.denominator, sorted(joined.bad))
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.total)) and not self.bad_samples
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.sums.items() if count}
+
+
+@dataclass
+class _RankSums:
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    total: float = 0.0
+    bad: set[int] = field(default_factory=set)
+    denominator: dict[str, float] = field(default_factory=dict)
+
+    def count(self, name: str, value: float) -> None:
+        total, count = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (total + value, 1.0)
+
+    def mean_of(self, name: str, values: Tensor) -> None:
+        total, count = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (total + float(values.double().sum()), count + values.numel())
+
+    def add(self, keep: dict, data: dict, whole: bool) -> None:
+        """Adds one micro-batch: statistics over kept rows, and over valid ones where all of them were computed."""
+        batch: MicroBatch = keep["batch"]
+        n = batch.num_grad
+        self.total += float(keep["total"])
+        bad = ~keep["loss"].isfinite()
+        if bool(bad.any()):
+            indices = data.get("sample_indices") or range(len(data["tokens"]))
+            self.bad |= {int(indices[s]) for s in batch.sample[:n][bad].unique().tolist()}
+        is_kept = batch.fields["opd_weights"][:n] != 0
+        self.count("rows", float(batch.num_rows))
+        stats = dict(keep["stats"])
+        other = dict(keep.get("other", {}))
+        for values, part in ((stats, slice(0, n)), (other, slice(n, None))):
+            if "student_logp" in values and "teacher_log_probs" in batch.fields:
+                values.setdefault("reverse_kl_sampled", values["student_logp"] - batch.fields["teacher_log_probs"][part])
+        for name, values in stats.items():
+            self.mean_of(f"{name}_kept", values[is_kept])
+            if whole:
+                self.mean_of(f"{name}_valid", values)
+        for name, values in other.items():
+            self.mean_of(f"{name}_valid", values)
+        if "student_logp" in stats and "rollout_log_probs" in batch.fields and n:
+            gap = (stats["student_logp"] - batch.fields["rollout_log_probs"][:n]).abs()
+            self.mean_of("train_rollout_logprob_abs_diff", gap)
+            self.peaks["train_rollout_logprob_abs_diff_max"] = max(
+                self.peaks.get("train_rollout_logprob_abs_diff_max", 0.0), float(gap.max())
+            )
+
+    def merge(self, other: _RankSums) -> None:
+        for name, (total, count) in other.sums.items():
+            mine = self.sums.get(name, (0.0, 0.0))
+            counted = name in ("tokens", "micro_batches", "rows")
+            self.sums[name] = (mine[0] + total, 1.0 if counted else mine[1] + count)
+        for name, value in other.peaks.items():
+            self.peaks[name] = max(self.peaks.get(name, value), value)
+        self.total += other.total
+        self.bad |= other.bad
+        self.denominator.update(other.denominator)
+
+
+def step_metrics(sums: StepSums, step: dict, grad_norm: float, lr: float, seconds: float, loss_name: str) -> dict[str, float]:
+    """What one step logs; a name says over which rows a mean is taken (kept or valid)."""
+    metrics = {
+        "loss": sums.total,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "kept_tokens": float(step["kept_tokens"]),
+        "kept_count": float(step["kept_count"]),
+        "valid_tokens": float(step["valid_tokens"]),
+        "num_samples": float(step["num_samples"]),
+        "step_seconds": seconds,
+        **{f"denominator_{name}": value for name, value in sums.denominator.items()},
+        **sums.means(),
+        **sums.peaks,
+    }
+    for rows in ("kept", "valid"):
+        value = metrics.get(f"divergence_{rows}") if "reverse_kl" in loss_name else None
+        value = metrics.get(f"reverse_kl_sampled_{rows}") if value is None else value
+        if value is not None:
+            metrics[f"reverse_kl_{rows}"] = value
+    metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
+    return metrics
+
+
+def now(device: torch.device) -> float:
+    """Wall clock after all queued work of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def vocabulary_args(args: argparse.Namespace, model) -> argparse.Namespace:
+    """Arguments as the losses read them: with the true vocabulary size, whatever padding the model holds."""
+    return argparse.Namespace(**{**vars(args), "vocab_size": unwrap(model).shape.vocab_size})

@@ -1,0 +1,82 @@
+"""A few worker processes that stay up and run many cases as gloo ranks: importing megatron-core costs seconds, a case little.
+
+`Pool.run(name, ranks, **kwargs)` calls `cases.<name>(rank, ranks, port, **kwargs)` on the first `ranks` workers and returns
+their results in rank order; an exception on any worker is raised here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class WorkerError(AssertionError):
+    """A case failed on a rank; the text is the worker's traceback."""
+
+
+class Pool:
+    def __init__(self, size: int):
+        context = mp.get_context("spawn")
+        self.port = 0
+        self.ranks = 0
+        self.workers = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(rank, there), daemon=True)
+            process.start()
+            there.close()
+            self.workers.append((process, here))
+
+    def run(self, name: str, ranks: int, timeout: float = 240, **kwargs) -> list:
+        if ranks != self.ranks:
+            self.ranks, self.port = ranks, free_port()
+        for _, pipe in self.workers[:ranks]:
+            pipe.send((name, ranks, self.port, kwargs))
+        results, failure = [], None
+        for rank, (process, pipe) in enumerate(self.workers[:ranks]):
+            if not pipe.poll(timeout if failure is None else 20):
+                self.close()
+                raise WorkerError(failure or f"rank {rank} did not answer to {name} within {timeout} s")
+            ok, value = pipe.recv()
+            results.append(value)
+            failure = failure or (None if ok else f"rank {rank}: {value}")
+        if failure:
+            raise WorkerError(failure)
+        return results
+
+    def close(self) -> None:
+        for process, pipe in self.workers:
+            pipe.close()
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+
+
+def _work(rank: int, pipe) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import cases
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            name, ranks, port, kwargs = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            cases.join(rank, ranks, port)
+            value = (True, getattr(cases, name)(rank, ranks, port, **kwargs))
+        except BaseException:
+            value = (False, traceback.format_exc())
+        pipe.send(value)
