@@ -106,6 +106,33 @@ def _seed_every_request(module) -> None:
     module.get_exec = Execution
 
 
+def _sample_with_seed(module) -> None:
+    """SGLang draws by seed with a triton kernel; this draws by inverting the cumulative distribution, one number a row."""
+    import torch
+
+    mask = (1 << 32) - 1
+
+    def mix(x):  # 32-bit finalizer of MurmurHash3 (public domain), in int64 arithmetic
+        x = (x ^ (x >> 16)) * 0x85EBCA6B & mask
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 & mask
+        return x ^ (x >> 16)
+
+    def multinomial_with_seed(logprobs, seed, positions):
+        """logprobs [n, m], seed [n], positions [n] -> sampled column [n, 1] int64."""
+        seed, position = seed.to(torch.int64), positions.to(torch.int64)
+        high = mix(mix(mix(seed & mask) ^ (seed >> 32 & mask)) ^ position)
+        low = mix(high ^ 0x9E3779B9)
+        uniform = (high.double() * 2.0**32 + low.double() + 0.5) / 2.0**64
+        cumulative = torch.softmax(logprobs.double(), dim=-1).cumsum_(dim=-1)
+        total = cumulative[:, -1]
+        index = torch.searchsorted(cumulative, (uniform * total).unsqueeze(1), right=True)
+        last = torch.searchsorted(cumulative, total.unsqueeze(1))  # the last column of non-zero probability
+        return torch.minimum(index, last)
+
+    module.multinomial_with_seed = multinomial_with_seed
+
+
 def install_seeded_sampling() -> None:
     """Every request is sampled from its own `sampling_seed`, so that a run on CPU repeats itself."""
     after_import("sglang.srt.sampling.sampling_batch_info", _seed_every_request)
+    after_import("sglang.srt.layers.sampler", _sample_with_seed)

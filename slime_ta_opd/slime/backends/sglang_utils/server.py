@@ -1,0 +1,268 @@
+"""One SGLang server as a child of this process: start, wait until it answers, watch, stop. No server outlives its parent."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+import slime
+from slime.backends.sglang_utils import cpu_support
+from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
+from slime.backends.sglang_utils.server_flags import server_arguments
+from ta_opd.errors import ConfigError, ServiceError
+
+logger = logging.getLogger(__name__)
+_SUPERVISOR = Path(__file__).with_name("supervise.py")
+_STOP_SECONDS = 15.0
+_LOG_LINES = 25
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def free_port(host: str) -> int:
+    """A TCP port of this machine that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind((host, 0))
+        return s.getsockname()[1]
+
+
+def check_port(host: str, port: int) -> None:
+    """ConfigError when `port` is taken."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} on {host} is in use ({error.strerror}); give another one or none") from error
+
+
+class SGLangServer:
+    """A SGLang server process.
+
+    model_path: HF directory. role: a word for messages and the log. host: address to bind to; other than loopback needs an
+    API key, which is made up when none is given. port: None picks a free one. device_env: environment for the server
+    (for example CUDA_VISIBLE_DEVICES). extra_args: see `server_flags.server_arguments`. advertise: address that others
+    reach this machine by (default: `host`, or the machine's own address when bound to all).
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        role: str = "student",
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        log_file: str | Path | None = None,
+        device_env: dict[str, str] | None = None,
+        extra_args: Sequence[str] = (),
+        *,
+        device: str | None = None,
+        api_key: str | None = None,
+        advertise: str | None = None,
+    ):
+        self.model_path, self.role, self.host = model_path, role, host
+        self.wanted_port, self.port = port, port
+        self.log_file = Path(log_file) if log_file else Path(tempfile.gettempdir()) / f"sglang-{role}-{os.getpid()}.log"
+        self.device_env, self.extra_args = dict(device_env or {}), [str(a) for a in extra_args]
+        self.device = device or ("cpu" if "cpu" in self.extra_args else "cuda")
+        if api_key is None and not is_loopback(host):
+            api_key = secrets.token_urlsafe(24)
+        self.api_key = Secret(api_key) if api_key else None
+        if advertise is None:
+            advertise = host if host not in ("0.0.0.0", "::") else socket.gethostbyname(socket.gethostname())
+        self.advertise = advertise
+        self._process: subprocess.Popen | None = None
+        self._log_start = 0
+
+    @classmethod
+    def for_run(
+        cls,
+        args,
+        role: str,
+        model_path: str,
+        *,
+        tp: int = 1,
+        log_file: str | Path | None = None,
+        port: int | None = None,
+        device_env: dict[str, str] | None = None,
+    ) -> SGLangServer:
+        """A server of a run, set up from its flags; made on the node where it is to run."""
+        host = getattr(args, "sglang_host", None) or "127.0.0.1"
+        return cls(
+            model_path,
+            role,
+            host,
+            port,
+            log_file,
+            device_env,
+            server_arguments(args, role, model_path, tp),
+            device=getattr(args, "device", None),
+            api_key=getattr(args, "sglang_api_key", None),
+        )
+
+    @property
+    def url(self) -> str:
+        if self.port is None:
+            raise ServiceError(f"{self.role} server: no address before start()")
+        host = f"[{self.advertise}]" if ":" in self.advertise else self.advertise
+        return f"http://{host}:{self.port}"
+
+    def command(self) -> list[str]:
+        """The server's own command line; holds no secret."""
+        return [
+            sys.executable, "-m", "slime.backends.sglang_utils.launch", "--model-path", str(self.model_path),
+            "--host", self.host, "--port", str(self.port), *self.extra_args,
+        ]  # fmt: skip
+
+    def start(self) -> SGLangServer:
+        """Starts the process and returns at once. ConfigError when an asked-for port is taken."""
+        if self.alive():
+            raise ServiceError(f"{self.role} server is already running at {self.url}")
+        if self.wanted_port is not None:
+            check_port(self.host, self.wanted_port)
+        self.port = self.wanted_port or free_port(self.host)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        # Short path: SGLang puts its sockets there, and a socket's path holds about 100 characters.
+        scratch = tempfile.mkdtemp(prefix="sgl-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        with self.log_file.open("ab") as log:
+            self._log_start = log.tell()
+            log.write(f"\n$ {' '.join(self.command())}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_SUPERVISOR), str(os.getpid()), scratch, "--", *self.command()],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment(scratch), start_new_session=True,
+            )  # fmt: skip
+        return self
+
+    def wait_ready(self, timeout: float = 900, progress: Callable[[str], None] | None = None) -> SGLangServer:
+        """Returns once the server answers. `progress` gets a line about every 5 s.
+
+        ServiceError with the last lines of the log when it dies or does not answer within `timeout` seconds. A lost race
+        for a free port is tried again on another one.
+        """
+        begin = told = time.monotonic()
+        while True:
+            if not self.alive():
+                if self.wanted_port is None and "address already in use" in self.log_tail().lower():
+                    self.start()
+                    continue
+                code = self._process.returncode if self._process else None
+                raise ServiceError(
+                    f"{self.role} server ({self.model_path}) ended while starting (exit code {code}). Last lines of "
+                    f"{self.log_file}:\n{self.log_tail()}"
+                )
+            if self.answers(timeout=2):
+                return self
+            now = time.monotonic()
+            if now - begin > timeout:
+                tail = self.log_tail()
+                self.stop()
+                raise ServiceError(
+                    f"{self.role} server ({self.model_path}) did not answer within {timeout:.0f} s (--server-start-timeout). "
+                    f"Last lines of {self.log_file}:\n{tail}"
+                )
+            if progress and now - told > 5:
+                told = now
+                last = self.log_tail(1).strip()[:160]
+                progress(f"{self.role} server starting, {now - begin:.0f} s: {last}")
+            time.sleep(0.2)
+
+    def answers(self, timeout: float = 2.0) -> bool:
+        """Whether the server replies at all (says nothing about the scheduler behind it)."""
+        request = urllib.request.Request(self.url + "/model_info")
+        if self.api_key:
+            request.add_header("Authorization", f"Bearer {str(self.api_key)}")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=timeout) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError, ValueError):
+            return False
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the supervisor, the root of everything this server started."""
+        return self._process.pid if self._process else None
+
+    def pids(self) -> list[int]:
+        """Process ids of the server and everything below it, the supervisor first."""
+        if not self.alive():
+            return []
+        root = psutil.Process(self._process.pid)
+        return [root.pid, *(p.pid for p in root.children(recursive=True))]
+
+    def stop(self) -> None:
+        """Ends the server and everything it started, by process id. Does nothing when it is not running."""
+        process = self._process
+        if process is None:
+            return
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()  # the server's parent-death signal ends it, too
+                process.wait()
+        self._process = None
+
+    def log_tail(self, lines: int = _LOG_LINES) -> str:
+        """The last lines that this start wrote to the log."""
+        try:
+            with self.log_file.open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, file.tell() - 200 * max(lines, 10)))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return "(no log)"
+        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+    def _environment(self, scratch: str) -> dict[str, str]:
+        env = dict(os.environ)
+        env.update(self.device_env)
+        env["TMPDIR"] = scratch
+        env["PYTHONUNBUFFERED"] = "1"
+        # Sequences of exactly the model's length are scored; the server wants one token more (see server_flags).
+        env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+        if os.path.isdir(self.model_path):
+            env["HF_HUB_OFFLINE"] = "1"
+        env.pop(API_KEY_VARIABLE, None)
+        if self.api_key:
+            env[API_KEY_VARIABLE] = str(self.api_key)
+        package = str(Path(slime.__file__).parent.parent)
+        root = str(Path(__import__("ta_opd").__file__).parent.parent)
+        paths = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
+        env["PYTHONPATH"] = os.pathsep.join([*paths, *(p for p in (package, root) if p not in paths)])
+        if self.device == "cpu":
+            env = cpu_support.child_environment(env)
+            env.setdefault("SLIME_SEEDED_SAMPLING", "1")
+            env["OMP_NUM_THREADS"] = self.device_env.get("OMP_NUM_THREADS", env["OMP_NUM_THREADS"])
+        return env
+
+    def __enter__(self) -> SGLangServer:
+        return self.start()
+
+    def __exit__(self, *exc) -> None:
+        self.stop()

@@ -1,0 +1,138 @@
+"""Runs one server and sees to its end: `python -I supervise.py PARENT_PID SCRATCH_DIR -- COMMAND...`
+
+The server gets its own session. It is ended, with everything it started, when this process is asked to stop (SIGTERM),
+when PARENT_PID is no longer the parent (it died, however it died), or when the server's main process ends by itself.
+SCRATCH_DIR (the server's TMPDIR) is removed at the end. Standard library only, and no threads, so that the kernel's
+parent-death signal can be trusted: it is tied to the parent's thread.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+GRACE_SECONDS = 1.0
+_asked_to_stop = False
+
+
+def _prctl(option, value):
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+    except (OSError, AttributeError):
+        pass  # not Linux: the polling below still works
+
+
+def _die_with_supervisor():
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _stop(signum, frame):
+    global _asked_to_stop
+    _asked_to_stop = True
+
+
+def _children(pid):
+    """Process ids below `pid`, itself not included (Linux)."""
+    found, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        try:
+            tasks = os.listdir(f"/proc/{parent}/task")
+        except OSError:
+            continue
+        for task in tasks:
+            try:
+                with open(f"/proc/{parent}/task/{task}/children") as file:
+                    below = [int(word) for word in file.read().split()]
+            except OSError:
+                continue
+            found += below
+            todo += below
+    return found
+
+
+def _shared_memory(pids):
+    """SGLang's files in shared memory that these processes have mapped; it leaves them behind when it is killed."""
+    found = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/maps") as file:
+                found.update(line.split()[-1] for line in file if "/dev/shm/sglang_" in line)
+        except OSError:
+            pass
+    return found
+
+
+def _remove(files):
+    for file in files:
+        try:
+            os.unlink(file)
+        except OSError:
+            pass
+
+
+def _signal(pids, signum):
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except OSError:
+            pass
+
+
+def _reap():
+    """Collects ended children (orphans of the server are handed to us); returns {pid: exit code}."""
+    ended = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended[pid] = os.waitstatus_to_exitcode(status)
+
+
+def _end_everything():
+    me, deadline = os.getpid(), time.monotonic() + GRACE_SECONDS
+    _signal(_children(me), signal.SIGTERM)
+    while _children(me) and time.monotonic() < deadline:
+        _reap()
+        time.sleep(0.05)
+    while True:
+        left = _children(me)
+        if not left:
+            return
+        _signal(left, signal.SIGKILL)
+        _reap()
+        time.sleep(0.02)
+
+
+def main(argv):
+    parent, scratch, command = int(argv[0]), argv[1], argv[3:]
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, _stop)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_supervisor, stdin=subprocess.DEVNULL)
+    code, rounds, shared = None, 0, set()
+    try:
+        while code is None and not _asked_to_stop and os.getppid() == parent:
+            if rounds % 50 == 0:
+                shared |= _shared_memory(_children(os.getpid()))
+            rounds += 1
+            code = _reap().get(server.pid)
+            if code is None:
+                time.sleep(0.1)
+        shared |= _shared_memory(_children(os.getpid()))
+    finally:
+        _end_everything()
+        _remove(shared)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return 0 if code is None else (code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
