@@ -14,19 +14,24 @@ except ImportError:  # scipy is not needed by the port to a stock slime
     _xlogy = None
 
 
-def exp(x: np.ndarray) -> np.ndarray:
+def exp(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """exp(x) in the dtype of x, which is float32 or float64; -inf gives 0."""
     if x.dtype != np.float64:
-        return np.exp(x)
+        return np.exp(x, out=out)
+    out = np.empty_like(x) if out is None else out
     # cexp(x + 0i) = exp(x) * (cos 0 + i sin 0), and numpy takes cexp from the C library. It is not defined for -inf + 0i everywhere.
     with np.errstate(invalid="ignore"):
-        return np.where(x == -np.inf, 0.0, np.exp(x.astype(np.complex128)).real)
+        np.copyto(out, np.exp(x.astype(np.complex128)).real)
+    out[x == -np.inf] = 0
+    return out
 
 
-def log(x: np.ndarray) -> np.ndarray:
+def log(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """log(x) in the dtype of x, x > 0."""
     if x.dtype != np.float64:
-        return np.log(x)
+        return np.log(x, out=out)
     if _xlogy is not None:
-        return _xlogy(1.0, x)
-    return np.fromiter(map(math.log, x.ravel().tolist()), np.float64, x.size).reshape(x.shape)
+        return _xlogy(1.0, x, out=out)
+    out = np.empty_like(x) if out is None else out
+    out[...] = np.fromiter(map(math.log, x.ravel().tolist()), np.float64, x.size).reshape(x.shape)
+    return out

@@ -12,7 +12,7 @@ Supports of the divergences (D = `KLf_union`, `KLr_union`, `CBC`), U = ids of th
 - `union_tail`: nothing is invented. A side that returned mass M and smallest probability p_min, and lacks n members of the union, has
   R = max(1 - M, 1e-6) left for everything it did not return (1e-6 is what float32 log-probs can resolve of a mass near 1). R is spread
   over the n missing members and one shared rest bucket, and no missing member can be likelier than the least likely returned one:
-  each missing member gets m = min(p_min, R / (n + 1)), the rest bucket gets R - n*m >= R / (n + 1). Both sides are divided by
+  each missing member gets m = min(p_min, R / (n + 1)) (at least 1e-30), the rest bucket gets R - n*m >= R / (n + 1). Both sides are divided by
   M + R, sum to 1 over U and the rest bucket, and the divergences are over U and the rest bucket. So D >= 0, D = 0 for equal sides, and
   D is finite and bounded by what the replies can tell apart.
 - `exact`: full-vocabulary values handed in by a caller that has them; only ranks, masses and overlap come from the top-K.
@@ -27,13 +27,14 @@ import numpy as np
 from ta_opd import libm
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.topk import PAD_ID, TopK
-from ta_opd.union import Union, ordered_sum, union_fast, union_in_released_order
+from ta_opd.union import RepeatedIdError, Scratch, Union, ordered_sum, union_fast, union_in_released_order
 
 EPS = 1e-12
 TAIL_RESOLUTION = 1e-6
+SMALLEST = 1e-30
 SUPPORTS = ("union_floor", "union_tail", "exact")
 MAX_LOGPROB = 80.0  # exp() of more overflows float32 sums; a log-prob above 0 is malformed anyway
-BLOCK_ENTRIES = 1 << 15
+BLOCK_SLOTS = 1 << 17
 
 METRIC_COLUMNS = (
     "student_logp_sampled", "teacher_logp_sampled", "sampled_reverse_kl", "sampled_teacher_adv",
@@ -86,11 +87,16 @@ def token_metrics(
     out["sampled_reverse_kl"][~np.isfinite(out["sampled_reverse_kl"])] = np.nan
     np.negative(out["sampled_reverse_kl"], out=out["sampled_teacher_adv"])
 
-    rows = max(64, BLOCK_ENTRIES // (2 * max(student.K, 1)))
+    rows = max(64, BLOCK_SLOTS // (2 * max(student.K, 1)))
+    scratch = Scratch()
     for start in range(0, T, rows):
         block = slice(start, min(start + rows, T))
         view = {name: values[block] for name, values in out.items()}
-        _block_metrics(student[block].astype(dtype), teacher[block].astype(dtype), sampled_T[block], support, view)
+        sides = [_usable(side[block].astype(dtype)) for side in (student, teacher)]
+        try:
+            _block_metrics(*sides, sampled_T[block], support, scratch, view)
+        except RepeatedIdError:
+            _block_metrics(*(side.checked() for side in sides), sampled_T[block], support, scratch, view)
     _exact_mass(out, student, teacher_at_student_ids, partly_exact)
     if support == "exact":
         _full_vocabulary(out, exact, T)
@@ -137,14 +143,14 @@ def _allocate(T: int, dtype) -> dict[str, np.ndarray]:
     return {name: np.zeros(T, kinds.get(name, dtype)) for name in METRIC_COLUMNS}
 
 
-def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, out: dict) -> None:
-    student, teacher = _usable(student), _usable(teacher)
+def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, scratch: Scratch, out: dict) -> None:
     p_sides, mass_sides = [], []
     for name, short, topk in (("student", "Hs", student), ("teacher", "Ht", teacher)):
-        p_BK = libm.exp(np.minimum(topk.logprobs, MAX_LOGPROB))
+        p_BK = scratch(f"p {name}", topk.ids.shape, topk.logprobs.dtype)
+        libm.exp(np.minimum(topk.logprobs, MAX_LOGPROB, out=p_BK), out=p_BK)
         mass_B = _row_sum(p_BK)
         np.minimum(mass_B, 1, out=out[f"{name}_topk_mass"])
-        _entropy(p_BK, mass_B, out[f"{short}_topk"], out[f"{short}_topk_norm"])
+        _entropy(p_BK, mass_B, scratch, out[f"{short}_topk"], out[f"{short}_topk_norm"])
         if topk.K:
             out[f"{name}_top1_id"][:] = topk.ids[:, 0]
             out[f"{name}_top1_prob"][:] = p_BK[:, 0]
@@ -157,11 +163,12 @@ def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, out: d
         return
     np.greater(_rank_of(teacher.ids[:, 0], student.ids), 0, out=out["reach_t1"].view(bool))
     match = union_in_released_order if mass_sides[0].dtype == np.float64 else union_fast
-    union = match(student.ids, teacher.ids, *p_sides)
+    union = match(student.ids, teacher.ids, *p_sides, scratch)
     np.divide(union.num_shared, student.K, out=out["Coverlap"], casting="same_kind")
     np.minimum(union.shared_mass, 1, out=out["Cmass_topk"])
     out["Cmass"][:] = out["Cmass_topk"]
-    _divergences(union, mass_sides, _tails(union, student, teacher, p_sides) if support == "union_tail" else None, out)
+    tails = _tails(union, student, teacher, p_sides) if support == "union_tail" else None
+    _divergences(union, mass_sides, tails, scratch, out)
 
 
 def _usable(topk: TopK) -> TopK:
@@ -194,11 +201,12 @@ def _positive(mass_B: np.ndarray) -> np.ndarray:
     return np.where(mass_B > 0, mass_B, mass_B.dtype.type(1))
 
 
-def _entropy(p_BK, mass_B, entropy_B, normalised_B) -> None:
+def _entropy(p_BK, mass_B, scratch: Scratch, entropy_B, normalised_B) -> None:
     """Entropy (nats) of each row divided by its mass, and the same over ln(max(number of p > 0, 2)); 0 for a row without mass."""
-    q_BK = p_BK / _positive(mass_B)[:, None]
-    log_q_BK = np.maximum(q_BK, _column(EPS, q_BK))
-    log_q_BK = libm.log(log_q_BK)
+    q_BK, log_q_BK = (scratch(name, p_BK.shape, p_BK.dtype) for name in ("entropy q", "entropy log"))
+    np.divide(p_BK, _positive(mass_B)[:, None], out=q_BK)
+    np.maximum(q_BK, _column(EPS, q_BK), out=log_q_BK)
+    libm.log(log_q_BK, out=log_q_BK)
     np.negative(_row_dot(q_BK, log_q_BK), out=entropy_B)
     np.maximum(entropy_B, 0, out=entropy_B)
     K = p_BK.shape[1]
@@ -220,11 +228,12 @@ def _tails(union: Union, student: TopK, teacher: TopK, p_sides) -> list[tuple[np
         left_B = np.maximum(1 - _row_sum(p_BK), TAIL_RESOLUTION).astype(p_BK.dtype)
         smallest_B = p_BK[np.arange(len(p_BK)), np.maximum(count_B - 1, 0)]
         missing_B = np.minimum(smallest_B, left_B / (other_count_B - union.num_shared + 1))
+        missing_B = np.maximum(missing_B, SMALLEST)  # where the least likely returned token underflowed, or none was returned
         result.append((left_B, missing_B.astype(p_BK.dtype), other_count_B - union.num_shared))
     return result
 
 
-def _divergences(union: Union, mass_sides, tails, out: dict) -> None:
+def _divergences(union: Union, mass_sides, tails, scratch: Scratch, out: dict) -> None:
     q_sides, rests = [], []
     for side, p_BU in enumerate((union.p_student, union.p_teacher)):
         if tails is None:
@@ -236,11 +245,12 @@ def _divergences(union: Union, mass_sides, tails, out: dict) -> None:
             total_B = mass_sides[side] + left_B
             floor_B1 = (missing_B / total_B)[:, None]
             rests.append((left_B - num_missing_B.astype(p_BU.dtype) * missing_B) / total_B)
-        q_BU = p_BU / total_B[:, None]
+        q_BU = np.divide(p_BU, total_B[:, None], out=scratch(f"q {side}", p_BU.shape, p_BU.dtype))
         q_sides.append(np.maximum(q_BU, floor_B1, out=q_BU))
     q_student_BU, q_teacher_BU = q_sides
-    ratio_BU = libm.log(q_teacher_BU)
-    ratio_BU -= libm.log(q_student_BU)
+    ratio_BU, log_BU = (scratch(name, q_student_BU.shape, q_student_BU.dtype) for name in ("ratio", "log"))
+    libm.log(q_teacher_BU, out=ratio_BU)
+    ratio_BU -= libm.log(q_student_BU, out=log_BU)
     active_BU = union.active
     if active_BU is None and tails is not None:
         active_BU = (union.p_student > 0) | (union.p_teacher > 0)
@@ -272,7 +282,7 @@ def _exact_mass(out: dict, student: TopK, teacher_at_student_ids, partly_exact: 
         raise DataError(f"teacher_at_student_ids: expected shape {student.ids.shape}, got {known.shape}")
     if student.K == 0:
         return
-    rows = max(64, BLOCK_ENTRIES // student.K)
+    rows = max(64, BLOCK_SLOTS // student.K)
     for start in range(0, student.T, rows):
         block = slice(start, start + rows)
         given_BK = ~np.isnan(known[block])

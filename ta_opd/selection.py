@@ -7,16 +7,15 @@ position in the response, then by row; the budget's worth of the best are kept. 
 `min_keep` kept tokens, either inside the budget (its best tokens go first) or on top of it (as released).
 """
 
-import math
 import random as python_random
 from dataclasses import dataclass, field, fields, replace
-from fractions import Fraction
 
 import numpy as np
 
-from ta_opd.errors import ConfigError, DataError
-from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, entropy_median_is_degenerate
 import ta_opd.selectors  # noqa: F401  (registers the published rules)
+from ta_opd.errors import ConfigError, DataError
+from ta_opd.ranking import ROUNDINGS, Order, Rows, exact_ceil, reserve, response_budgets, token_budget, top_up
+from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, entropy_median_is_degenerate
 from ta_opd.selectors.registry import (
     Batch,
     Scored,
@@ -29,7 +28,7 @@ from ta_opd.selectors.registry import (
 )
 from ta_opd.topk import TopK
 
-__all__ = [
+__all__ = [  # noqa: F822  (MASK_CHOICES is computed by __getattr__, the registry is open)
     "MASK_CHOICES", "METHOD_ALIASES", "RELEASED_MASKS", "Selection", "SelectionConfig", "exact_ceil", "list_selectors",
     "register_selector", "resolve_mask", "select_tokens",
 ]  # fmt: skip
@@ -68,7 +67,7 @@ PROFILE_DEFAULTS = {
 }  # fmt: skip
 _CHOICES = {
     "scope": ("batch", "response"),
-    "rounding": ("ceil", "floor", "float_ceil"),
+    "rounding": ROUNDINGS,
     "min_keep_rule": ("inside", "on_top"),
     "min_keep_score": ("own", "ca_softor"),
     "low_ties": ("earlier", "later"),
@@ -203,12 +202,10 @@ def select_tokens(
         raise DataError(f"metrics: expected {T} values in every column, got {wrong}")
     columns = batch_scores(metrics, valid_T, config.score_config())
     selector = config.selector
-    sample_T = np.repeat(np.arange(lengths_N.size, dtype=np.int32), lengths_N)
-    starts_N = np.cumsum(lengths_N) - lengths_N
-    tok_pos_T = (np.arange(T) - np.repeat(starts_N, lengths_N)).astype(np.int32)
+    rows = Rows.of(lengths_N)
     key = [int(config.seed) & 0xFFFFFFFFFFFFFFFF, int(rollout_id) & 0xFFFFFFFFFFFFFFFF]
     batch = Batch(
-        columns, valid_T, lengths_N, sample_T, tok_pos_T, config, int(rollout_id), np.random.default_rng(key),
+        columns, valid_T, lengths_N, rows.sample, rows.tok_pos, config, int(rollout_id), np.random.default_rng(key),
         student, teacher, None if sampled_ids is None else np.asarray(sampled_ids),
     )  # fmt: skip
     warnings: list[str] = []
@@ -219,7 +216,7 @@ def select_tokens(
     elif selector.name == "none" or (config.ratio >= 1 and config.profile == "released"):
         picked = _Picked(valid_T, np.ones(T, np.float32), np.zeros(T, np.float32), num_valid, 0)
     else:
-        picked = _pick(batch, selector, config, warnings)
+        picked = _pick(batch, rows, selector, config, warnings)
     if config.quadrant_cut == "rank" and num_valid:
         chosen = valid_T if config.population == "valid" else np.ones(T, bool)
         if entropy_median_is_degenerate(columns, chosen):
@@ -237,21 +234,6 @@ def select_tokens(
     return Selection(picked.keep, weights_T, scores, picked.budget, num_valid, summary)
 
 
-def exact_ceil(count: int, ratio: float) -> int:
-    """ceil(count * ratio) with the ratio taken as the decimal number it was written as: 100 * 0.07 gives 7."""
-    return math.ceil(count * Fraction(repr(float(ratio))))
-
-
-def _budget(count: int, config: SelectionConfig) -> int:
-    if count == 0:
-        return 0
-    if config.rounding == "float_ceil":
-        return max(1, math.ceil(count * config.ratio))
-    if config.rounding == "floor":
-        return max(1, math.floor(count * Fraction(repr(float(config.ratio)))))
-    return max(1, exact_ceil(count, config.ratio))
-
-
 @dataclass
 class _Picked:
     keep: np.ndarray
@@ -265,43 +247,62 @@ class _Picked:
         return cls(np.zeros(T, bool), np.zeros(T, np.float32), np.zeros(T, np.float32), 0, 0)
 
 
-def _pick(batch: Batch, selector: Selector, config: SelectionConfig, warnings: list[str]) -> _Picked:
-    """Run the selector, then the budget and min-keep over the batch or over every response."""
+def _pick(batch: Batch, rows: Rows, selector: Selector, config: SelectionConfig, warnings: list[str]) -> _Picked:
+    """Run the selector, then the budget and min-keep."""
     T = batch.valid.size
     answer = selector.function(batch)
     answer = answer if isinstance(answer, Scored) else Scored(np.asarray(answer))
     score_T = _checked(answer.score, T, selector.name, "score")
     candidates_T = batch.valid if answer.candidates is None else batch.valid & np.asarray(answer.candidates, bool)
+    # A rule that names its own candidates decides which responses are heard at all, so min-keep stays within them.
+    voiced_T = candidates_T
     if selector.candidates == "q3":
         candidates_T = candidates_T & (batch["quadrant"] == 3)
     released_random = selector.name == "random" and config.random_source == "shuffle"
     if released_random:
         score_T = _shuffled_priority(batch.valid, config.seed + batch.rollout_id)
     low = selector.direction == "low"
-    order = _Order(-score_T if low else score_T, batch.tok_pos, low and config.low_ties == "later")
-    split = selector.name == "split_budget_ca"
-    spans = [slice(0, T)] if config.scope == "batch" else _spans(batch.response_lengths)
-    keep_T, forced_T, total = np.zeros(T, bool), np.zeros(T, bool), 0
-    # A rule that gives its own candidates decides which responses are heard at all, so min-keep stays within them.
-    voiced_T = batch.valid if answer.candidates is None else candidates_T
-    for span in spans:
-        budget = _budget(int(batch.valid[span].sum()), config)
-        total += budget
-        if budget == 0:
-            continue
-        ranked = _split(batch, config, span) if split else _plain(order, candidates_T, span)
-        if config.min_keep_rule == "inside" and config.min_keep > 0:
-            forced_T[span] = _reserve(batch, order, candidates_T, voiced_T, config, span, budget)
-        keep_T[span] = forced_T[span]
-        ranked(keep_T, budget)
+    order = Order(-score_T if low else score_T, rows, low and config.low_ties == "later")
+    fallback = order if config.min_keep_score == "own" else Order(batch["ca_softor_score"], rows)
+    room, spans = _room(batch.valid, rows, config)
+    total = int(np.sum(room))
+    keep_T, forced = np.zeros(T, bool), 0
+    if config.min_keep_rule == "inside" and config.min_keep > 0:
+        preferred_T = candidates_T if fallback is order else voiced_T
+        keep_T = reserve(fallback, preferred_T, voiced_T, config.min_keep, room)
+    reserved_T = keep_T.copy()
+    if selector.name == "split_budget_ca":
+        for span, budget in zip(spans, np.atleast_1d(room).tolist(), strict=True):
+            _split(batch, rows, config.gamma, span, int(budget), keep_T)
+    else:
+        free_C = np.flatnonzero(candidates_T & ~keep_T)
+        if config.scope == "batch":
+            keep_T[order.best(free_C, total - int(keep_T.sum()))] = True
+        else:
+            keep_T[order.best_per_response(free_C, room - rows.count(keep_T))] = True
     if config.min_keep_rule == "on_top" and config.min_keep > 0:
-        _top_up(batch, order, voiced_T, config, keep_T, forced_T)
+        added_T = top_up(fallback, keep_T, voiced_T, config.min_keep)
+        keep_T = keep_T | added_T
+        forced = int(added_T.sum())
+    elif reserved_T.any():
+        ranked_T = keep_T & ~reserved_T
+        worst = order.score[ranked_T].min() if ranked_T.any() else np.inf
+        forced = int((reserved_T & (~candidates_T | (order.score < worst))).sum())
     kept = int(keep_T.sum())
     if kept < total:
         warnings.append(f"only {kept} of a budget of {total} tokens are candidates of {selector.name!r}")
-    reported_T = _reported(score_T, selector, released_random, config)
     weights_T = np.ones(T, np.float32) if answer.weights is None else _checked(answer.weights, T, selector.name, "weight")
-    return _Picked(keep_T, weights_T, reported_T, total, int(forced_T.sum()))
+    return _Picked(keep_T, weights_T, _reported(score_T, selector, released_random, config), total, forced)
+
+
+def _room(valid_T, rows: Rows, config: SelectionConfig) -> tuple[int | np.ndarray, list[slice]]:
+    """The budget, one number for the batch or [N], and the rows that each number is for."""
+    if config.scope == "batch":
+        return token_budget(int(valid_T.sum()), config.ratio, config.rounding), [slice(0, valid_T.size)]
+    ends_N = np.cumsum(rows.response_lengths)
+    starts_N = ends_N - rows.response_lengths
+    spans = [slice(start, end) for start, end in zip(starts_N.tolist(), ends_N.tolist(), strict=True)]
+    return response_budgets(rows.count(valid_T), config.ratio, config.rounding), spans
 
 
 def _checked(values, T: int, name: str, what: str) -> np.ndarray:
@@ -315,102 +316,16 @@ def _checked(values, T: int, name: str, what: str) -> np.ndarray:
     return values_T
 
 
-@dataclass
-class _Order:
-    """A ranking: larger score first; ties: smaller tok_pos (or larger, `late_first`), then the earlier row."""
-
-    score: np.ndarray
-    tok_pos: np.ndarray
-    late_first: bool = False
-
-    def best(self, rows_C: np.ndarray, count: int) -> np.ndarray:
-        """The `count` best of `rows_C` (ascending row numbers), in no particular order."""
-        if count >= rows_C.size:
-            return rows_C
-        if count <= 0:
-            return rows_C[:0]
-        score_C = self.score[rows_C]
-        threshold = np.partition(score_C, rows_C.size - count)[rows_C.size - count]
-        above_C = rows_C[score_C > threshold]
-        tied_C = rows_C[score_C == threshold]
-        missing = count - above_C.size
-        if missing < tied_C.size:
-            place_C = self.tok_pos[tied_C]
-            tied_C = tied_C[np.argsort(-place_C if self.late_first else place_C, kind="stable")[:missing]]
-        return np.concatenate([above_C, tied_C])
-
-
-def _plain(order: _Order, candidates_T, span: slice):
-    def fill(keep_T, budget: int) -> None:
-        free_C = np.flatnonzero(candidates_T[span] & ~keep_T[span]) + span.start
-        keep_T[order.best(free_C, budget - int(keep_T[span].sum()))] = True
-
-    return fill
-
-
-def _split(batch: Batch, config: SelectionConfig, span: slice):
-    """round(budget * gamma) by H_norm, the rest by split_ca_score, any shortfall by ca_softor_score."""
-
-    def fill(keep_T, budget: int) -> None:
-        entropy_share = min(max(round(budget * config.gamma), 0), budget)
-        chosen = np.zeros(span.stop - span.start, bool)
-        # The plan is made without looking at reserved tokens, so that min-keep only displaces the plan's last ones.
-        for column, count in (("H_norm", entropy_share), ("split_ca_score", budget), ("ca_softor_score", budget)):
-            free_C = np.flatnonzero(batch.valid[span] & ~chosen & ~keep_T[span]) + span.start
-            room = budget - int(keep_T[span].sum())
-            best_C = _Order(batch[column], batch.tok_pos).best(free_C, min(count - int(chosen.sum()), room))
-            chosen[best_C - span.start] = True
-            keep_T[best_C] = True
-
-    return fill
-
-
-def _spans(lengths_N) -> list[slice]:
-    ends = np.cumsum(lengths_N).tolist()
-    return [slice(end - length, end) for end, length in zip(ends, lengths_N.tolist(), strict=True) if length > 0]
-
-
-def _reserve(batch: Batch, order: _Order, candidates_T, voiced_T, config: SelectionConfig, span: slice, budget: int) -> np.ndarray:
-    """The best `min_keep` tokens of every response, at most `budget` in all, as a mask over the span.
-
-    By the selector's own order with its candidates first (or by ca_softor). When even these exceed the budget, every response's best comes
-    before any response's second, better scores first.
-    """
-    T = batch.valid.size
-    by = order if config.min_keep_score == "own" else _Order(batch["ca_softor_score"], batch.tok_pos)
-    inner = _spans(batch.response_lengths) if config.scope == "batch" else [span]
-    reserved = np.zeros(T, bool)
-    room = budget
-    for _ in range(config.min_keep):
-        winners = []
-        for response in inner:
-            own_T = candidates_T if config.min_keep_score == "own" else voiced_T
-            free_C = np.flatnonzero(own_T[response] & ~reserved[response])
-            if free_C.size == 0:
-                free_C = np.flatnonzero(voiced_T[response] & ~reserved[response])
-            if free_C.size:
-                winners.append(by.best(free_C + response.start, 1))
-        if not winners or room == 0:
-            break
-        winners_C = np.sort(np.concatenate(winners))
-        first_C = winners_C[candidates_T[winners_C]]
-        chosen_C = by.best(first_C, room)
-        chosen_C = np.concatenate([chosen_C, by.best(winners_C[~candidates_T[winners_C]], room - chosen_C.size)])
-        reserved[chosen_C] = True
-        room -= chosen_C.size
-    return reserved[span]
-
-
-def _top_up(batch: Batch, order: _Order, voiced_T, config: SelectionConfig, keep_T, forced_T) -> None:
-    """Add tokens until every response with a valid token has `min_keep`, beyond the budget."""
-    by = order if config.min_keep_score == "own" else _Order(batch["ca_softor_score"], batch.tok_pos)
-    for response in _spans(batch.response_lengths):
-        missing = config.min_keep - int(keep_T[response].sum())
-        if missing > 0:
-            free_C = np.flatnonzero(voiced_T[response] & ~keep_T[response]) + response.start
-            added_C = by.best(free_C, missing)
-            keep_T[added_C] = True
-            forced_T[added_C] = True
+def _split(batch: Batch, rows: Rows, gamma: float, span: slice, budget: int, keep_T) -> None:
+    """round(budget * gamma) by H_norm, the rest by split_ca_score, any shortfall by ca_softor_score; what is kept already stays."""
+    entropy_share = min(max(round(budget * gamma), 0), budget)
+    chosen = 0
+    for column, count in (("H_norm", entropy_share), ("split_ca_score", budget), ("ca_softor_score", budget)):
+        free_C = np.flatnonzero(batch.valid[span] & ~keep_T[span]) + span.start
+        room = budget - int(keep_T[span].sum())
+        best_C = Order(batch[column], rows).best(free_C, min(count - chosen, room))
+        keep_T[best_C] = True
+        chosen += best_C.size
 
 
 def _shuffled_priority(valid_T, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ last bits decide ties.
 Shape suffixes: B rows, K entries per side, U = 2K slots; a slot that is no member of the union has p = 0 on both sides.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +18,10 @@ import numpy as np
 _PAYLOAD, _KEY = (0, 1) if sys.byteorder == "little" else (1, 0)
 _PAD_KEY = np.uint32(0xFFFFFFFE)  # what (-1 << 1) becomes: sorts behind every id
 _ONE = np.uint32(1)
+
+
+class RepeatedIdError(ValueError):
+    """A row of a top-K holds an id twice; `TopK.checked` repairs it."""
 
 
 @dataclass(frozen=True)
@@ -34,46 +39,78 @@ class Union:
     active: np.ndarray | None
 
 
-def union_fast(student_ids, teacher_ids, p_student, p_teacher) -> Union:
-    """ids [B, K] int32 (-1 padding), p [B, K] float32 with p = 0 on padding; ids of a row differ. The order of slots is by id."""
+class Scratch:
+    """Named buffers that live from block to block: fresh pages for every temporary would cost more than the arithmetic on them."""
+
+    def __init__(self):
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """An uninitialised array under a name; the same memory at every call of that name."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self._buffers[name] = np.empty(size, np.uint8)
+        return buffer[:size].view(dtype).reshape(shape)
+
+
+def union_fast(student_ids, teacher_ids, p_student, p_teacher, scratch: Scratch) -> Union:
+    """ids [B, K] int32 (-1 padding), p [B, K] float32 with p = 0 on padding; The order of slots is by id.
+
+    The result lives in `scratch` until the next call. Raises RepeatedIdError when a row of one side holds an id twice.
+    """
     B, K = student_ids.shape
-    keys_BU = np.empty((B, 2 * K), np.uint64)
-    parts = keys_BU.view(np.uint32).reshape(B, 2 * K, 2)
+    U = 2 * K
+    keys_BU = scratch("keys", (B, U), np.uint64)
+    parts = keys_BU.view(np.uint32).reshape(B, U, 2)
     np.left_shift(student_ids.view(np.uint32), _ONE, out=parts[:, :K, _KEY])
     np.left_shift(teacher_ids.view(np.uint32), _ONE, out=parts[:, K:, _KEY])
     parts[:, K:, _KEY] |= _ONE
     parts[:, :K, _PAYLOAD] = p_student.view(np.uint32)
     parts[:, K:, _PAYLOAD] = p_teacher.view(np.uint32)
     keys_BU.sort(axis=1)
-    key = np.ascontiguousarray(parts[..., _KEY]).ravel()
-    bits = np.ascontiguousarray(parts[..., _PAYLOAD]).ravel()
+    key, student, teacher = (scratch(name, (B * U,), np.uint32) for name in ("key", "p student", "p teacher"))
+    shared_mask, spare = scratch("shared mask", (B * U,), np.int32), scratch("spare", (B * U,), np.uint32)
+    shared = scratch("shared", (B * U,), bool)
+    np.copyto(key.reshape(B, U), parts[..., _KEY])
+    np.copyto(student.reshape(B, U), parts[..., _PAYLOAD])
     # Neighbours of one id are student then teacher, and differ in the side bit only.
-    shared = np.zeros(key.size, bool)
-    np.equal(key[1:] ^ key[:-1], _ONE, out=shared[1:])
-    if student_ids[:, -1].min(initial=0) < 0 or teacher_ids[:, -1].min(initial=0) < 0:
+    shared[0] = False
+    np.bitwise_xor(key[1:], key[:-1], out=spare[1:])
+    np.equal(spare[1:], _ONE, out=shared[1:])
+    padded = student_ids[:, -1].min(initial=0) < 0 or teacher_ids[:, -1].min(initial=0) < 0
+    if padded:
         shared &= key < _PAD_KEY
-    shared_BU = shared.reshape(B, 2 * K)
+    if spare[1:].min(initial=1) == 0:  # equal keys: padding, the last of a row and the first of the next, or one id twice on one side
+        twice_BU = (spare.reshape(B, U) == 0)[:, 1:] & (key.reshape(B, U)[:, 1:] < _PAD_KEY)
+        if twice_BU.any():
+            raise RepeatedIdError
+    shared_BU = shared.reshape(B, U)
     shared_BU[:, 0] = False
-    shared_mask = np.negative(shared.astype(np.uint32))
+    # From here on bits: a mask of ones where the slot is the teacher's, and one where it is shared.
+    np.copyto(shared_mask, shared)
+    np.negative(shared_mask, out=shared_mask)
+    shared_mask = shared_mask.view(np.uint32)
     key &= _ONE
-    teacher_mask = np.negative(key, out=key)
-    teacher_bits = bits & teacher_mask
-    student_bits = bits ^ teacher_bits
-    shared_bits = teacher_bits & shared_mask
-    moved = student_bits[:-1] & shared_mask[1:]
-    student_bits[1:] |= moved
-    student_bits[:-1] ^= moved
-    student_BU, teacher_BU = (x.view(np.float32).reshape(B, 2 * K) for x in (student_bits, teacher_bits))
+    np.negative(key, out=key)
+    np.bitwise_and(student, key, out=teacher)
+    student ^= teacher
+    np.bitwise_and(teacher, shared_mask, out=spare)
+    shared_mass_B = np.einsum("bu->b", spare.view(np.float32).reshape(B, U))
+    np.bitwise_and(student[:-1], shared_mask[1:], out=spare[1:])
+    student[1:] |= spare[1:]
+    student[:-1] ^= spare[1:]
+    num_shared_B = np.einsum("bu->b", shared_BU.view(np.int8), dtype=np.int8 if K < 128 else np.int32)
     return Union(
-        student_BU,
-        teacher_BU,
-        np.add.reduce(shared_BU.view(np.uint8), axis=1, dtype=np.uint8 if K < 256 else np.int32).astype(np.int32),
-        np.einsum("bu->b", shared_bits.view(np.float32).reshape(B, 2 * K)),
+        student.view(np.float32).reshape(B, U),
+        teacher.view(np.float32).reshape(B, U),
+        num_shared_B.astype(np.int32),
+        shared_mass_B,
         None,
     )
 
 
-def union_in_released_order(student_ids, teacher_ids, p_student, p_teacher) -> Union:
+def union_in_released_order(student_ids, teacher_ids, p_student, p_teacher, scratch=None) -> Union:
     """As `union_fast` for float64 p, with the members of each row in the order of the released code's Python set."""
     B, K = student_ids.shape
     ids_BU = np.concatenate([student_ids, teacher_ids], axis=1).astype(np.int64)
@@ -81,6 +118,8 @@ def union_in_released_order(student_ids, teacher_ids, p_student, p_teacher) -> U
     keys_BU.sort(axis=1)
     shared_BU = ((keys_BU[:, 1:] >> 32) == (keys_BU[:, :-1] >> 32)) & (keys_BU[:, 1:] >= 0)
     rows, columns = np.nonzero(shared_BU)
+    if rows.size and ((keys_BU[rows, columns] & 0xFFFFFFFF) // K == (keys_BU[rows, columns + 1] & 0xFFFFFFFF) // K).any():
+        raise RepeatedIdError
     at_student, at_teacher = keys_BU[rows, columns] & 0xFFFFFFFF, keys_BU[rows, columns + 1] & 0xFFFFFFFF
     student_BU, teacher_BU = np.zeros((B, 2 * K)), np.zeros((B, 2 * K))
     student_BU[:, :K] = p_student

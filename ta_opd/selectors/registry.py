@@ -3,6 +3,7 @@
 Shape suffix: T tokens of the batch.
 """
 
+import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -120,7 +121,9 @@ def register_selector(
 def resolve_mask(name: str) -> str:
     """Canonical selector name of a mask or alias. Raises ConfigError with the known names."""
     if name not in _NAMES:
-        raise ConfigError(f"unknown selector {name!r}; known: {', '.join(sorted(_NAMES))}")
+        close = difflib.get_close_matches(str(name), _NAMES, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"unknown selector {name!r}{hint}; known: {', '.join(sorted(_NAMES))}")
     return _NAMES[name]
 
 
