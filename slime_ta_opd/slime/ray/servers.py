@@ -22,11 +22,15 @@ from ta_opd.errors import ServiceError
 class ServerActor:
     """One SGLang server, next to where it runs."""
 
-    def __init__(self, args, role: str, name: str, model: str, gpus: int, port: int | None):
+    def __init__(self, args, role: str, name: str, model: str, tp: int, port: int | None):
         from slime.backends.sglang_utils.server import SGLangServer
+        from slime.backends.sglang_utils.server_flags import server_arguments
 
         log = Path(args.output_dir).absolute() / "logs" / f"{name}.log"
-        self.server = SGLangServer.for_run(args, role, model, tp=gpus, log_file=log, port=port)
+        extra = server_arguments(args, role, model, tp)
+        advertise = None if args.sglang_host == "127.0.0.1" else ray.util.get_node_ip_address()
+        self.server = SGLangServer(model, role, args.sglang_host, port, log, extra_args=extra, device=args.device,
+                                   api_key=args.sglang_api_key, advertise=advertise)  # fmt: skip
 
     def start(self) -> str:
         self.server.start()
@@ -38,8 +42,8 @@ class ServerActor:
     def alive(self) -> bool:
         return self.server.alive()
 
-    def pids(self) -> list[int]:
-        return self.server.pids()
+    def pid(self) -> int | None:
+        return self.server.pid
 
     def stop(self) -> None:
         self.server.stop()
