@@ -78,7 +78,7 @@ def model_shape(config: dict, where: str = "config.json") -> ModelShape:
     moe = {}
     if family == "qwen3_moe":
         moe = {
-            "num_experts": config["num_experts"],
+            "num_experts": config.get("num_experts") or config["num_local_experts"],  # transformers 5 writes the latter
             "experts_per_token": config["num_experts_per_tok"],
             "moe_ffn_hidden_size": config["moe_intermediate_size"],
             "norm_topk_prob": bool(config.get("norm_topk_prob", False)),

@@ -20,6 +20,7 @@ from torch import Tensor
 from slime.backends.megatron_utils.attention import PackedLayout
 from ta_opd.errors import ConfigError, DataError
 
+
 @dataclass(frozen=True)
 class RowChoice:
     """Which response positions become rows. `grad`: bool [L], rows of the loss; `stat`: bool [L], looked at only."""

@@ -25,6 +25,7 @@ from slime.backends.megatron_utils.losses.types import Rows
 from slime.backends.megatron_utils.model import unwrap
 from slime.backends.megatron_utils.packing import MicroBatch
 from slime.backends.megatron_utils.settings import Settings
+from slime.backends.megatron_utils.step_metrics import StepSums
 from slime.utils.fields import FIELDS, LOGGED
 
 EXTRA_ROW_FIELDS = {"advantages": "advantage_R", "student_log_probs_old": "student_logp_old_R"}
@@ -144,119 +145,6 @@ def share_rows(values: list[Tensor], lengths: list[int], device: torch.device) -
         last = mpu.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(flat, src=last, group=mpu.get_pipeline_model_parallel_group())
     return [x.copy() for x in np.split(flat.cpu().numpy(), np.cumsum(lengths)[:-1])] if lengths else []
-
-
-@dataclass
-class StepSums:
-    """Sums of one step over all ranks, the same on every rank. sums: name -> (sum, count); peaks: name -> maximum."""
-
-    sums: dict[str, tuple[float, float]]
-    peaks: dict[str, float]
-    total: float
-    denominator: dict[str, float]
-    bad_samples: list[int]
-
-    @classmethod
-    def collect(cls, kept: list[dict], batches: list[MicroBatch], data: dict, denominator: dict, whole: bool) -> StepSums:
-        own = _RankSums()
-        if mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0:
-            for keep in kept:
-                own.add(keep, data, whole)
-            own.count("tokens", float(sum(b.num_tokens for b in batches)))
-            own.count("micro_batches", float(len(batches)) if mpu.get_context_parallel_rank() == 0 else 0.0)
-            own.denominator = denominator
-        joined = _RankSums()
-        for other in distributed.gather_objects(own):
-            joined.merge(other)
-        return cls(joined.sums, joined.peaks, joined.total, joined.denominator, sorted(joined.bad))
-
-    @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.total)) and not self.bad_samples
-
-    def means(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self.sums.items() if count}
-
-
-@dataclass
-class _RankSums:
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    peaks: dict[str, float] = field(default_factory=dict)
-    total: float = 0.0
-    bad: set[int] = field(default_factory=set)
-    denominator: dict[str, float] = field(default_factory=dict)
-
-    def count(self, name: str, value: float) -> None:
-        total, count = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (total + value, 1.0)
-
-    def mean_of(self, name: str, values: Tensor) -> None:
-        total, count = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (total + float(values.double().sum()), count + values.numel())
-
-    def add(self, keep: dict, data: dict, whole: bool) -> None:
-        """Adds one micro-batch: statistics over kept rows, and over valid ones where all of them were computed."""
-        batch: MicroBatch = keep["batch"]
-        n = batch.num_grad
-        self.total += float(keep["total"])
-        bad = ~keep["loss"].isfinite()
-        if bool(bad.any()):
-            indices = data.get("sample_indices") or range(len(data["tokens"]))
-            self.bad |= {int(indices[s]) for s in batch.sample[:n][bad].unique().tolist()}
-        is_kept = batch.fields["opd_weights"][:n] != 0
-        self.count("rows", float(batch.num_rows))
-        stats = dict(keep["stats"])
-        other = dict(keep.get("other", {}))
-        for values, part in ((stats, slice(0, n)), (other, slice(n, None))):
-            if "student_logp" in values and "teacher_log_probs" in batch.fields:
-                values.setdefault("reverse_kl_sampled", values["student_logp"] - batch.fields["teacher_log_probs"][part])
-        for name, values in stats.items():
-            self.mean_of(f"{name}_kept", values[is_kept])
-            if whole:
-                self.mean_of(f"{name}_valid", values)
-        for name, values in other.items():
-            self.mean_of(f"{name}_valid", values)
-        if "student_logp" in stats and "rollout_log_probs" in batch.fields and n:
-            gap = (stats["student_logp"] - batch.fields["rollout_log_probs"][:n]).abs()
-            self.mean_of("train_rollout_logprob_abs_diff", gap)
-            self.peaks["train_rollout_logprob_abs_diff_max"] = max(
-                self.peaks.get("train_rollout_logprob_abs_diff_max", 0.0), float(gap.max())
-            )
-
-    def merge(self, other: _RankSums) -> None:
-        for name, (total, count) in other.sums.items():
-            mine = self.sums.get(name, (0.0, 0.0))
-            counted = name in ("tokens", "micro_batches", "rows")
-            self.sums[name] = (mine[0] + total, 1.0 if counted else mine[1] + count)
-        for name, value in other.peaks.items():
-            self.peaks[name] = max(self.peaks.get(name, value), value)
-        self.total += other.total
-        self.bad |= other.bad
-        self.denominator.update(other.denominator)
-
-
-def step_metrics(sums: StepSums, step: dict, grad_norm: float, lr: float, seconds: float, loss_name: str) -> dict[str, float]:
-    """What one step logs; a name says over which rows a mean is taken (kept or valid)."""
-    metrics = {
-        "loss": sums.total,
-        "grad_norm": grad_norm,
-        "lr": lr,
-        "kept_tokens": float(step["kept_tokens"]),
-        "kept_count": float(step["kept_count"]),
-        "valid_tokens": float(step["valid_tokens"]),
-        "num_samples": float(step["num_samples"]),
-        "step_seconds": seconds,
-        **{f"denominator_{name}": value for name, value in sums.denominator.items()},
-        **sums.means(),
-        **sums.peaks,
-    }
-    for rows in ("kept", "valid"):
-        value = metrics.get(f"divergence_{rows}") if "reverse_kl" in loss_name else None
-        value = metrics.get(f"reverse_kl_sampled_{rows}") if value is None else value
-        if value is not None:
-            metrics[f"reverse_kl_{rows}"] = value
-    metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
-    return metrics
 
 
 def now(device: torch.device) -> float:

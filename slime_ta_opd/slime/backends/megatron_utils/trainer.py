@@ -21,7 +21,8 @@ from slime.backends.megatron_utils.losses.registry import get_loss
 from slime.backends.megatron_utils.model import build_model, unwrap, wrap_for_training
 from slime.backends.megatron_utils.optimizer import Optimizer, is_finite
 from slime.backends.megatron_utils.settings import Settings
-from slime.backends.megatron_utils.step import Stepper, now, step_metrics, vocabulary_args
+from slime.backends.megatron_utils.step import Stepper, now, vocabulary_args
+from slime.backends.megatron_utils.step_metrics import average_steps, step_metrics
 from ta_opd.errors import ConfigError, NumericsError
 
 SMALL_VOCABULARY = 16384  # up to here `--opd-log-valid-kl auto` computes statistics over all valid tokens
@@ -150,7 +151,7 @@ class MegatronTrainer:
                 self.optimizer.skip()
             metrics = step_metrics(sums, step, norm, lr, now(self.device) - begin, self.settings.opd_loss_type)
             logged.append({**metrics, "steps_skipped": float(not applied)})
-        return _average(logged)
+        return average_steps(logged)
 
     def _with_advantages(self, data: dict) -> dict:
         """Adds base advantages for the sampled loss where any task reward is not zero, and missing old log-probs."""
@@ -192,7 +193,7 @@ class MegatronTrainer:
     def _not_finite(self, rollout_id, number, data, step, sums, norm) -> None:
         """Dumps the offending samples of this rank and raises NumericsError, unless the step may be skipped."""
         own = [data["sample_indices"][i] for i in step["indices"]] if "sample_indices" in data else list(step["indices"])
-        bad = sums.bad_samples or sorted({i for part in distributed.gather_objects(own) for i in part})
+        bad = sorted(sums.bad_samples) or sorted({i for part in distributed.gather_objects(own) for i in part})
         root = Path(self.settings.output_dir or self.settings.save or ".") / "not_finite"
         if self._is_writer():
             held = [(i, n) for i, n in zip(step["indices"], own, strict=True) if n in bad]
@@ -201,7 +202,7 @@ class MegatronTrainer:
                 arrays = {k: v[i] for k, v in data.items() if isinstance(v, list) and k != "steps" and len(v) > i}
                 np.savez(root / f"rollout_{rollout_id:06d}_step_{number}_sample_{name}.npz", **arrays)
         if not self.settings.skip_nan_steps:
-            what = f"loss {sums.total}" if not sums.finite else f"gradient norm {norm}"
+            what = f"loss {sums.objective}" if not sums.finite else f"gradient norm {norm}"
             raise NumericsError(
                 f"rollout {rollout_id}, step {number}: {what} is not finite; the step was not applied. Samples {bad} are in "
                 f"{root}; look at them, or pass --skip-nan-steps to go on without such steps"
@@ -269,16 +270,3 @@ class MegatronTrainer:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
-def _average(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over steps; counts that add up are summed, maxima stay maxima."""
-    out: dict[str, float] = {}
-    for name in dict.fromkeys(k for m in steps for k in m):
-        values = [m[name] for m in steps if name in m]
-        if name in ("tokens", "step_seconds", "steps_skipped", "rows", "micro_batches"):
-            out[name] = float(sum(values))
-        elif name.endswith("_max"):
-            out[name] = max(values)
-        else:
-            out[name] = float(np.mean(values))
-    return out

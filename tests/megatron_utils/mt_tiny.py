@@ -8,7 +8,7 @@ import numpy as np
 
 VOCAB = 128
 COMMON = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": 1,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -29,9 +29,9 @@ def config(family: str, tied: bool = False, **changes):
     if family == "qwen3":
         return hf.Qwen3Config(head_dim=16, rope_parameters=ROPE, **kwargs)
     if family == "qwen2":
-        return hf.Qwen2Config(rope_parameters=ROPE, **kwargs)
+        return hf.Qwen2Config(rope_parameters=ROPE, **{**kwargs, "hidden_size": kwargs["hidden_size"] * 2})
     if family == "llama":
-        return hf.LlamaConfig(rope_parameters=LLAMA_ROPE, **kwargs)
+        return hf.LlamaConfig(rope_parameters=LLAMA_ROPE, head_dim=8, **kwargs)
     if family == "qwen3_moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
         return hf.Qwen3MoeConfig(head_dim=16, rope_parameters=ROPE, **{**experts, **kwargs})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import mt_tiny
 import numpy as np
-import tiny
-import torch
 import torch.distributed as dist
 
 _state: dict = {}
@@ -45,14 +44,17 @@ def export(trainer) -> dict[str, np.ndarray]:
     return {n: t.float().numpy().copy() for bucket in trainer.hf_weight_buckets(1 << 16) for n, t in bucket}
 
 
-def gradients(trainer) -> dict[str, np.ndarray]:
-    """The main gradients by HF name, gathered like weights."""
-    from slime.backends.megatron_utils import weights
+def raw_gradients(trainer, own) -> dict[str, np.ndarray]:
+    """The step's gradient before clipping by HF name (rank 0); leaves the model as it was."""
+    from slime.backends.megatron_utils import cpu_runtime, weights
     from slime.backends.megatron_utils.model import unwrap
 
+    with cpu_runtime.cpu_runtime():
+        trainer.model.zero_grad_buffer()
+        trainer.stepper.gradients(own, own["steps"][0])
     model = unwrap(trainer.model)
     held = {p: p.data for p in model.parameters()}
-    for p in model.parameters():
+    for p in held:
         p.data = p.main_grad.clone()
     try:
         return {n: t.numpy().copy() for bucket in weights.hf_weight_buckets(model, 1 << 20) for n, t in bucket}
@@ -61,14 +63,14 @@ def gradients(trainer) -> dict[str, np.ndarray]:
             p.data = data
 
 
-def train(rank, ranks, port, model, data, steps: int = 3, **changes) -> dict:
-    """`steps` optimizer steps on the same batch: metrics, gradients of the first step, final weights (rank 0)."""
+def train(rank, ranks, port, model, data, steps: int = 3, grads: bool = True, **changes) -> dict:
+    """Log-probs before; gradient of the first step; metrics of `steps` steps on the same batch; weights after (rank 0)."""
     trainer, _ = make_trainer(rank, ranks, port, model, **changes)
-    own = tiny.shard(data, trainer.dp_rank, trainer.dp_size)
-    out = {"log_probs": (trainer.dp_rank, trainer.compute_log_probs(own)), "metrics": []}
-    for step in range(steps):
-        out["metrics"].append(trainer.train(step, own))
-        if step == 0 and not changes.get("use_distributed_optimizer"):
-            out["gradients"] = gradients(trainer)
+    own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
+    logps = trainer.compute_log_probs(own)
+    out = {"log_probs": dict(zip(own["sample_indices"], logps, strict=True))}
+    if grads and not changes.get("use_distributed_optimizer"):
+        out["gradients"] = raw_gradients(trainer, own)
+    out["metrics"] = [trainer.train(step, own) for step in range(steps)]
     out["weights"] = export(trainer)
     return out

@@ -1,6 +1,6 @@
 """A few worker processes that stay up and run many cases as gloo ranks: importing megatron-core costs seconds, a case little.
 
-`Pool.run(name, ranks, **kwargs)` calls `cases.<name>(rank, ranks, port, **kwargs)` on the first `ranks` workers and returns
+`Pool.run(name, ranks, **kwargs)` calls `mt_cases.<name>(rank, ranks, port, **kwargs)` on the first `ranks` workers and returns
 their results in rank order; an exception on any worker is raised here.
 """
 
@@ -41,7 +41,7 @@ class Pool:
         for _, pipe in self.workers[:ranks]:
             pipe.send((name, ranks, self.port, kwargs))
         results, failure = [], None
-        for rank, (process, pipe) in enumerate(self.workers[:ranks]):
+        for rank, (_, pipe) in enumerate(self.workers[:ranks]):
             if not pipe.poll(timeout if failure is None else 20):
                 self.close()
                 raise WorkerError(failure or f"rank {rank} did not answer to {name} within {timeout} s")
@@ -65,7 +65,7 @@ def _work(rank: int, pipe) -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
-    import cases
+    import mt_cases
     import torch
 
     torch.set_num_threads(1)
@@ -73,10 +73,10 @@ def _work(rank: int, pipe) -> None:
         try:
             name, ranks, port, kwargs = pipe.recv()
         except (EOFError, OSError):
-            return
+            os._exit(0)  # the pool is gone; gloo's threads would delay a regular exit by seconds
         try:
-            cases.join(rank, ranks, port)
-            value = (True, getattr(cases, name)(rank, ranks, port, **kwargs))
+            mt_cases.join(rank, ranks, port)
+            value = (True, getattr(mt_cases, name)(rank, ranks, port, **kwargs))
         except BaseException:
             value = (False, traceback.format_exc())
         pipe.send(value)

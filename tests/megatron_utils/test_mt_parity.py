@@ -1,0 +1,98 @@
+"""Every layout and loss against transformers + AdamW: log-probs, gradients, norms, and weights after three steps.
+
+Learning rate 3e-4 and eps 1e-5: with a smaller eps Adam turns the rounding of near-zero gradients into visible steps.
+"""
+
+import numpy as np
+import pytest
+from conftest import data
+
+LR = 3e-4
+GRAD_TOLERANCE = 1e-5  # max error of a tensor's gradient, relative to the largest entry of that tensor
+WEIGHT_TOLERANCE = 1e-6
+
+LAYOUTS = {
+    "one": dict(ranks=1),
+    "dp2": dict(ranks=2),
+    "dp2_distopt": dict(ranks=2, use_distributed_optimizer=True),
+    "dp2_overlap": dict(ranks=2, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    "tp2": dict(ranks=2, tensor_model_parallel_size=2),
+    "tp2_sp": dict(ranks=2, tensor_model_parallel_size=2, sequence_parallel=True),
+    "cp2": dict(ranks=2, context_parallel_size=2),
+    "pp2": dict(ranks=2, pipeline_model_parallel_size=2),
+    "tp4_sp": dict(ranks=4, tensor_model_parallel_size=4, sequence_parallel=True),
+    "tp2_pp2": dict(ranks=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "tp2_dp2_sp": dict(ranks=4, tensor_model_parallel_size=2, sequence_parallel=True),
+    "tp2_cp2_sp": dict(ranks=4, tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True),
+    "pp2_dp2_distopt": dict(ranks=4, pipeline_model_parallel_size=2, use_distributed_optimizer=True),
+    "cp2_pp2": dict(ranks=4, context_parallel_size=2, pipeline_model_parallel_size=2),
+    "tp2_recompute": dict(
+        ranks=2, tensor_model_parallel_size=2, sequence_parallel=True, recompute_granularity="full",
+        recompute_method="uniform", recompute_num_layers=1,
+    ),  # fmt: skip
+}
+LOSSES = ("sampled_reverse_kl", "topk_reverse_kl", "topk_forward_kl", "topk_jsd")
+QUICK = {("one", "topk_reverse_kl"), ("tp2_sp", "topk_jsd"), ("cp2", "sampled_reverse_kl"), ("dp2", "topk_reverse_kl"),
+         ("pp2", "topk_forward_kl"), ("tp2_pp2", "topk_reverse_kl"), ("tp2_dp2_sp", "sampled_reverse_kl"),
+         ("dp2_overlap", "topk_reverse_kl")}  # fmt: skip
+
+
+def compare(results: list[dict], reference: dict, *, moe: bool = False) -> None:
+    logps = {i: x for r in results for i, x in r["log_probs"].items()}
+    assert sorted(logps) == list(range(len(reference["log_probs"])))
+    for i, expected in enumerate(reference["log_probs"]):
+        np.testing.assert_allclose(logps[i], expected, atol=1e-5)
+    first = results[0]
+    for r in results[1:]:
+        assert [m["loss"] for m in r["metrics"]] == [m["loss"] for m in first["metrics"]], "ranks disagree on the loss"
+    np.testing.assert_allclose([m["loss"] for m in first["metrics"]], reference["losses"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose([m["grad_norm"] for m in first["metrics"]], reference["norms"], rtol=1e-5)
+    if moe:
+        return
+    assert set(first["weights"]) == set(reference["weights"])
+    for name, expected in reference.get("gradients", {}).items():
+        if "gradients" in first:
+            error = np.abs(first["gradients"][name] - expected).max() / np.abs(expected).max()
+            assert error <= GRAD_TOLERANCE, f"gradient of {name}: {error:.1e}"
+    for name, expected in reference["weights"].items():
+        error = np.abs(first["weights"][name] - expected).max()
+        assert error <= WEIGHT_TOLERANCE, f"weight {name} after three steps: {error:.1e}"
+
+
+def matrix():
+    for layout in LAYOUTS:
+        for loss in LOSSES:
+            marks = () if (layout, loss) in QUICK else pytest.mark.slow
+            yield pytest.param(layout, loss, marks=marks, id=f"{layout}-{loss}")
+
+
+@pytest.mark.parametrize(("layout", "loss"), list(matrix()))
+def test_dense_parity(pool, models, references, layout, loss):
+    for tied in (False, True):
+        results = pool.run("train", model=models("qwen3", tied), data=data(), opd_loss_type=loss, lr=LR, **LAYOUTS[layout])
+        compare(results, references("qwen3", tied, loss, lr=LR))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("layout", ["one", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp2_sp", "cp2_pp2"))])
+def test_families(pool, models, references, family, layout):
+    results = pool.run("train", model=models(family), data=data(), opd_loss_type="topk_reverse_kl", lr=LR, **LAYOUTS[layout])
+    compare(results, references(family, False, "topk_reverse_kl", lr=LR))
+
+
+@pytest.mark.parametrize("reduction", ["sample_mean", "valid_token_mean"])
+@pytest.mark.parametrize("layout", [pytest.param("dp2", marks=pytest.mark.slow), "tp2_cp2_sp"])
+def test_reductions(pool, models, references, reduction, layout):
+    results = pool.run(
+        "train", model=models("qwen3"), data=data(), opd_loss_type="topk_reverse_kl", opd_loss_reduction=reduction, lr=LR,
+        **LAYOUTS[layout],
+    )  # fmt: skip
+    compare(results, references("qwen3", False, "topk_reverse_kl", reduction=reduction, lr=LR))
+
+
+def test_student_support(pool, models, references):
+    results = pool.run(
+        "train", model=models("qwen3"), data=data(), opd_loss_type="topk_reverse_kl", opd_topk_support="student", lr=LR,
+        **LAYOUTS["tp2"],
+    )  # fmt: skip
+    compare(results, references("qwen3", False, "topk_reverse_kl", support="student", lr=LR))
