@@ -108,7 +108,7 @@ class TableSink:
         self._header = False
 
     def _write_jsonl(self, table: pa.Table) -> None:
-        for batch in plain(table).to_batches(max_chunksize=8192):
+        for batch in plain(table).to_batches(max_chunksize=2048):
             lines = [orjson.dumps(row) for row in batch.to_pylist()]
             if lines:
                 self._writer.write(b"\n".join(lines) + b"\n")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ta_opd.errors import DataError
 from ta_opd.token_bank.columns import BY_NAME, RAW_TOPK
 from ta_opd.token_bank.files import BATCH_ROWS, TableSink, atomic_path, json_arrays
-from ta_opd.token_bank.reader import bank_files, column_names, file_kind, stream_raw, to_type
+from ta_opd.token_bank.reader import bank_files, column_names, file_kind, is_bank_file, stream_raw, to_type
 
 NUMERIC_PREFIXES = ("H", "D", "KL", "C", "mean_", "student_", "teacher_", "sampled_", "target_", "budget_", "loss_")
 SOURCE_COLUMNS = ("source_file", "source_dir")
@@ -42,6 +42,7 @@ class NoInputError(DataError, FileNotFoundError):
 def find_inputs(inputs: Iterable[str | Path], output: str | Path | None = None) -> list[Path]:
     """Files named by directories (their `bank_files`), glob patterns or paths, each once by its resolved path.
 
+    A pattern such as DIR/* takes no summary, config or merged file; one that spells the file name out takes that file.
     `output` itself is never among them. Raises NoInputError (a FileNotFoundError) when nothing is left.
     """
     inputs = [str(item) for item in inputs]
@@ -56,7 +57,10 @@ def find_inputs(inputs: Iterable[str | Path], output: str | Path | None = None) 
         else:
             matches = []
             for match in sorted(map(Path, glob.glob(item))):
-                matches += bank_files(match) if match.is_dir() else [match]
+                if match.is_dir():
+                    matches += bank_files(match)
+                elif not any(mark in path.name for mark in "*?[") or is_bank_file(match):
+                    matches.append(match)
         for match in matches:
             if match.resolve() != own:
                 files.setdefault(match.resolve(), match)

@@ -40,18 +40,18 @@ def bank_files(directory: Path) -> list[Path]:
         found += sorted(directory.glob(pattern), key=lambda path: (len(path.name), path.name))
     files, stems = [], set()
     for path in found:
-        if path.name.startswith(".") or path.stem == "merged" or path.stem in stems or is_merged(path):
+        if path.stem in stems or not is_bank_file(path):
             continue
         stems.add(path.stem)
         files.append(path)
     return files
 
 
-def is_merged(path: Path) -> bool:
-    """Whether a parquet file was written by `merge_banks`."""
-    if path.suffix != ".parquet":
+def is_bank_file(path: Path) -> bool:
+    """Whether a file holds rows of a bank: not its summary or config, not a hidden or a merged file."""
+    if path.name.startswith(".") or path.suffix.lstrip(".") not in FORMATS or path.stem in ("merged", "summary"):
         return False
-    return b"ta_opd.merged" in (_open_parquet(path).schema_arrow.metadata or {})
+    return path.suffix != ".parquet" or b"ta_opd.merged" not in (_open_parquet(path).schema_arrow.metadata or {})
 
 
 def column_names(path: Path) -> list[str]:
@@ -179,6 +179,8 @@ def stream_typed(path: Path, columns: Sequence[str] | None = None, batch_rows: i
             if known is None or known.is_list:
                 continue
             column = to_type(table.column(position), known.read_type, f"{path}: column {name}")
+            if known.is_text:
+                column = pc.fill_null(column, "")  # csv cannot tell an empty text from none
             table = table.set_column(position, name, column)
         yield table
 
