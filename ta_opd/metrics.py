@@ -228,7 +228,6 @@ def _tails(union: Union, student: TopK, teacher: TopK, p_sides) -> list[tuple[np
         left_B = np.maximum(1 - _row_sum(p_BK), TAIL_RESOLUTION).astype(p_BK.dtype)
         smallest_B = p_BK[np.arange(len(p_BK)), np.maximum(count_B - 1, 0)]
         missing_B = np.minimum(smallest_B, left_B / (other_count_B - union.num_shared + 1))
-        missing_B = np.maximum(missing_B, SMALLEST)  # where the least likely returned token underflowed, or none was returned
         result.append((left_B, missing_B.astype(p_BK.dtype), other_count_B - union.num_shared))
     return result
 
@@ -243,8 +242,9 @@ def _divergences(union: Union, mass_sides, tails, scratch: Scratch, out: dict) -
         else:
             left_B, missing_B, num_missing_B = tails[side]
             total_B = mass_sides[side] + left_B
-            floor_B1 = (missing_B / total_B)[:, None]
-            rests.append((left_B - num_missing_B.astype(p_BU.dtype) * missing_B) / total_B)
+            floor_B1 = np.maximum(missing_B / total_B, SMALLEST)[:, None]
+            rest_B = (left_B - num_missing_B.astype(p_BU.dtype) * missing_B) / total_B
+            rests.append(np.maximum(rest_B, SMALLEST))
         q_BU = np.divide(p_BU, total_B[:, None], out=scratch(f"q {side}", p_BU.shape, p_BU.dtype))
         q_sides.append(np.maximum(q_BU, floor_B1, out=q_BU))
     q_student_BU, q_teacher_BU = q_sides

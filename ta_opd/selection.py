@@ -289,7 +289,7 @@ def _pick(batch: Batch, rows: Rows, selector: Selector, config: SelectionConfig,
         worst = order.score[ranked_T].min() if ranked_T.any() else np.inf
         forced = int((reserved_T & (~candidates_T | (order.score < worst))).sum())
     kept = int(keep_T.sum())
-    if kept < total:
+    if kept < total and answer.candidates is None:
         warnings.append(f"only {kept} of a budget of {total} tokens are candidates of {selector.name!r}")
     weights_T = np.ones(T, np.float32) if answer.weights is None else _checked(answer.weights, T, selector.name, "weight")
     return _Picked(keep_T, weights_T, _reported(score_T, selector, released_random, config), total, forced)

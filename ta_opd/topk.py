@@ -196,9 +196,9 @@ def _flatten_carefully(entries: Sequence) -> tuple[np.ndarray, np.ndarray, np.nd
     for position, items in enumerate(entries):
         before = len(ids)
         for item in items or ():
-            if not item or item[0] is None:
-                continue
             try:
+                if not item or item[0] is None:
+                    continue
                 logprob, token = float(item[0]), int(item[1])
             except (TypeError, ValueError, IndexError) as error:
                 raise DataError(

@@ -3,7 +3,7 @@
 Importing this package registers them all.
 """
 
-from ta_opd.selectors import paper
+from ta_opd.selectors import dial, fire, ier, iw_opd, paper, prefix, sampled_rkl, sparse, sure, tip
 from ta_opd.selectors.registry import (
     Batch,
     Scored,
@@ -16,6 +16,6 @@ from ta_opd.selectors.registry import (
 )
 
 __all__ = [
-    "Batch", "Scored", "Selector", "get_selector", "list_selectors", "load_selector", "paper", "register_selector",
-    "resolve_mask",
+    "Batch", "Scored", "Selector", "dial", "fire", "get_selector", "ier", "iw_opd", "list_selectors", "load_selector",
+    "paper", "prefix", "register_selector", "resolve_mask", "sampled_rkl", "sparse", "sure", "tip",
 ]  # fmt: skip
