@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.slime_patch.options import check_training, resolve
+from ta_opd.slime_patch.options import check_training, reply_dtype, resolve
 from ta_opd.slime_patch.slime.rollout.tip_compat import STUDENT_KEY, close_token_banks, process_tip_compat_metrics
 from ta_opd.slime_patch.teacher import reply_logprobs, score_sample
 from ta_opd.topk import TopK
@@ -41,15 +41,15 @@ async def generate(args: Any, sample: Any, sampling_params: dict[str, Any], eval
         sample.metadata = {**(sample.metadata or {}), EVALUATION_KEY: True}
     if evaluation or options.opd_topk_metrics_k == 0:
         return await stock.generate(args, sample, sampling_params)
-    return await _generate_with_topk(args, sample, dict(sampling_params), options.opd_topk_metrics_k, stock)
+    return await _generate_with_topk(args, sample, dict(sampling_params), options, stock)
 
 
-async def _generate_with_topk(args: Any, sample: Any, sampling_params: dict[str, Any], k: int, stock: Any) -> Any:
+async def _generate_with_topk(args: Any, sample: Any, sampling_params: dict[str, Any], options: Any, stock: Any) -> Any:
     from slime.utils.http_utils import post
 
     if any(value is not None for value in (getattr(sample, "multimodal_inputs", None) or {}).values()):
         raise ConfigError("ta_opd.slime_patch.hooks.generate samples text prompts; for images see docs/porting.md")
-    before = sample.response_length
+    k, dtype, before = options.opd_topk_metrics_k, reply_dtype(options), sample.response_length
     sampling_params["max_new_tokens"] -= before
     if sampling_params["max_new_tokens"] <= 0:
         sample.status = type(sample).Status.TRUNCATED
@@ -75,9 +75,9 @@ async def _generate_with_topk(args: Any, sample: Any, sampling_params: dict[str,
     meta_info = output["meta_info"]
     sampled = meta_info.get("output_token_logprobs") or []
     _append(args, sample, [item[1] for item in sampled], [item[0] for item in sampled], output)
-    new = TopK.from_reply(meta_info, "student", k, len(sampled), dtype=np.float64)
+    new = TopK.from_reply(meta_info, "student", k, len(sampled), dtype=dtype)
     old = getattr(sample, "student_topk", None)
-    sample.student_topk = TopK.concat([old if old is not None else TopK.empty(before, k, np.float64), new])
+    sample.student_topk = TopK.concat([old if old is not None else TopK.empty(before, k, dtype), new])
     return sample
 
 
@@ -111,7 +111,7 @@ async def reward_func(args: Any, sample: Any, **kwargs: Any) -> Any:
     if options.opd_topk_metrics_k > 0 and getattr(sample, "student_topk", None) is None:
         stored = (sample.metadata or {}).get(STUDENT_KEY)
         if stored is not None:  # a checkout whose own generate was extended, as the released code's
-            sample.student_topk = TopK.from_lists(stored, options.opd_topk_metrics_k, dtype=np.float64)
+            sample.student_topk = TopK.from_lists(stored, options.opd_topk_metrics_k, dtype=reply_dtype(options))
             sample.metadata.pop(STUDENT_KEY)
         elif options.opd_exact_cmass and sample.response_length:
             raise DataError(f"sample {getattr(sample, 'index', None)} has no student top-k, which opd_exact_cmass needs; "

@@ -4,8 +4,11 @@ They come as attributes of slime's `args`, set by slime from the YAML file of `-
 checkout whose arguments.py was extended). What is missing has the default below.
 """
 
+import difflib
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from ta_opd.errors import ConfigError
 from ta_opd.selection import SelectionConfig
@@ -57,10 +60,15 @@ def selects(config: SelectionConfig) -> bool:
     return config.selector_path is not None or config.mask not in NO_SELECTION
 
 
+def reply_dtype(options: Any) -> type:
+    """What replies are parsed to: float64 for profile released (its arithmetic, to the last bit), else float32, as servers compute."""
+    return np.float64 if options.opd_profile == "released" else np.float32
+
+
 def resolve(args: Any) -> SimpleNamespace:
     """All attributes of `args`, with DEFAULTS for missing or None ones. `args` itself is not changed.
 
-    Raises ConfigError on an unknown `opd_` key (a misspelt one would be ignored in silence) and on values out of range.
+    Raises ConfigError on values out of range.
     """
     given = dict(vars(args))
     options = {**given, **{name: value for name, value in DEFAULTS.items() if given.get(name) is None}}
@@ -91,10 +99,15 @@ def _check(options: SimpleNamespace) -> None:
 
 
 def check_training(args: Any) -> None:
-    """Checks that only a training run can fail: distillation must be on, with a teacher behind a server.
+    """Checks of a run in a stock checkout: distillation is on, its teacher is a server, no option is misspelt.
 
     Raises ConfigError.
     """
+    known = [*DEFAULTS, "opd_type", "opd_kl_coef", "opd_teacher_load", "opd_teacher_ckpt_step"]
+    for name in vars(args):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.9) if name.startswith("opd_") and name not in known else []
+        if near:
+            raise ConfigError(f"unknown option {name!r}; did you mean {near[0]!r}?")
     if not getattr(args, "use_opd", True):
         raise ConfigError("the opd_* options do nothing without distillation: pass --use-opd --opd-type sglang")
     if getattr(args, "opd_type", "sglang") != "sglang":

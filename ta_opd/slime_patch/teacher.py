@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 
 from ta_opd.errors import ConfigError, DataError, ServiceError
+from ta_opd.slime_patch.options import reply_dtype
 from ta_opd.topk import PAD_ID, TopK, gathered_logprobs, last_positions, sampled_logprobs
 
 WINDOW = 16
@@ -121,7 +122,7 @@ async def score_sample(options: Any, sample: Any, url: str, images: list | None 
         sample.teacher_log_probs = reply_logprobs(meta_info, length)
         if k == 0:
             return
-        sample.teacher_topk = TopK.from_reply(meta_info, "teacher", k, length, dtype=np.float64)
+        sample.teacher_topk = TopK.from_reply(meta_info, "teacher", k, length, dtype=reply_dtype(options))
         if options.opd_exact_cmass:
             known_LK = merge_known(sample.student_topk.ids, sample.teacher_topk)
             if not images:  # with images the server's positions are only known from the end
@@ -137,7 +138,7 @@ async def _ask_missing(options, session, url, tokens, length, student_ids_LK, kn
         payload = score_payload(tokens[: prompt + end], end - start, 0, token_ids=ids)
         meta_info = _meta_info(await _post(options, session, url, payload), url)
         entries = last_positions(meta_info.get("input_token_ids_logprobs"), end - start, "input_token_ids_logprobs")
-        answer = gathered_logprobs(entries, student_ids_LK[start:end], dtype=np.float64)
+        answer = gathered_logprobs(entries, student_ids_LK[start:end], dtype=known_LK.dtype)
         block = known_LK[start:end]
         np.copyto(block, answer, where=np.isnan(block) & ~np.isnan(answer))
 

@@ -22,7 +22,7 @@ import ta_opd
 from ta_opd.errors import DataError
 from ta_opd.metrics import position_columns, token_metrics
 from ta_opd.selection import Selection, SelectionConfig, select_tokens
-from ta_opd.slime_patch.options import resolve, selects
+from ta_opd.slime_patch.options import reply_dtype, resolve, selects
 from ta_opd.token_bank import TokenBankWriter
 from ta_opd.topk import TopK, gathered_logprobs, last_positions
 
@@ -173,9 +173,9 @@ def _student_from_metadata(options: SimpleNamespace, sample: Any, ordinal: int, 
                 f"{message}; ask the student server for top_logprobs_num={options.opd_topk_metrics_k} with each request"
             )
         _say(f"{message}; its metrics are those of empty lists")
-        return TopK.empty(length, k, np.float64)
+        return TopK.empty(length, k, reply_dtype(options))
     if not isinstance(stored, TopK):
-        stored = metadata[STUDENT_KEY] = TopK.from_lists(stored, k, dtype=np.float64)
+        stored = metadata[STUDENT_KEY] = TopK.from_lists(stored, k, dtype=reply_dtype(options))
     return stored
 
 
@@ -187,17 +187,17 @@ def _teacher_from_reply(
     try:
         if not isinstance(meta_info, dict):
             raise DataError(f"expected the teacher's reply with meta_info, got {type(reply).__name__}")
-        teacher = TopK.from_reply(meta_info, "teacher", k, length, dtype=np.float64)
+        teacher = TopK.from_reply(meta_info, "teacher", k, length, dtype=reply_dtype(options))
         asked = meta_info.get("input_token_ids_logprobs") if options.opd_exact_cmass else None
         if not asked or not any(asked):
             return teacher, None
         entries = last_positions(asked, length, "input_token_ids_logprobs")
-        return teacher, gathered_logprobs(entries, student.ids, dtype=np.float64)
+        return teacher, gathered_logprobs(entries, student.ids, dtype=reply_dtype(options))
     except DataError as error:
         if required:
             raise DataError(f"{_name(sample, ordinal)}: {error}") from error
         _say(f"{_name(sample, ordinal)}: {error}; its teacher metrics are those of empty lists")
-        return TopK.empty(length, k, np.float64), None
+        return TopK.empty(length, k, reply_dtype(options)), None
 
 
 def _valid(sample: Any, ordinal: int) -> np.ndarray:
@@ -229,6 +229,8 @@ def _run(options: SimpleNamespace, scored: list[_Scored], samples: Sequence[Any]
         return {**empty, "exact_fraction": 0.0, "kept_per_sample": [0] * len(samples)}
     lengths_N = np.array([s.length for s in scored])
     student, teacher, known = _stack(scored)
+    if config.profile == "released":  # its numbers are float64; those of servers are float32
+        student, teacher = student.astype(np.float64), teacher.astype(np.float64)
     token_ids_T = np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored])
     valid_T = np.concatenate([s.valid_L for s in scored])
     support = options.opd_divergence_support or "union_floor"

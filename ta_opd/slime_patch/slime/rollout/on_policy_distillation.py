@@ -1,0 +1,1 @@
+../../../../slime_ta_opd/slime/rollout/on_policy_distillation.py
