@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from slime.backends.megatron_utils.losses.linear_head import auto_chunk_rows
+from slime.backends.megatron_utils.losses.linear_head import auto_chunk_rows, chunk_bytes_on
 from slime.backends.megatron_utils.losses.softmax_ops import pair_stats
 from slime.backends.megatron_utils.losses.vocab_parallel import (
     VocabShard,
@@ -86,7 +86,8 @@ def exact_stats(student_hidden_RH, student_weight_VH, teacher_hidden_RH, teacher
     if teacher_VH.shape[0] != shard.valid:
         raise ConfigError(f"expected a teacher LM-head shard of {shard.valid} rows from id {shard.start}, got "
                           f"{teacher_VH.shape[0]}; align it with vocab_parallel.reshard_vocab, or give teacher_vocab_size")
-    rows = chunk_rows or auto_chunk_rows(num_rows, shard.valid, student_hidden_RH.element_size())
+    rows = chunk_rows or auto_chunk_rows(num_rows, shard.valid, student_hidden_RH.element_size(),
+                                         chunk_bytes_on(student_hidden_RH) // 2)
     parts = []
     for lo in range(0, max(1, num_rows), rows):
         part = slice(lo, lo + rows)

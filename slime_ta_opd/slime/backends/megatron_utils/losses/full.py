@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from slime.backends.megatron_utils.losses.linear_head import auto_chunk_rows, linear_loss
+from slime.backends.megatron_utils.losses.linear_head import auto_chunk_rows, chunk_bytes_on, linear_loss
 from slime.backends.megatron_utils.losses.options import head_options, jsd_beta, option
 from slime.backends.megatron_utils.losses.registry import register_loss
 from slime.backends.megatron_utils.losses.softmax_ops import jsd_sums, pair_gradient_, pair_stats, scale_rows_
@@ -87,7 +87,9 @@ def _full_loss(hidden_RH, weight_VH, rows, args, tp_group, kind, beta=0.5):
                           f"{rows.teacher_weight_VH.shape[0]}; align it with vocab_parallel.reshard_vocab, or give "
                           "teacher_vocab_size")
     chunk = _FullChunk(rows, args, shard, head.inv_temperature, kind, beta)
-    return linear_loss(hidden_RH, weight_VH, chunk, shard=shard, factor_R=rows.factor_R, chunk_rows=head.chunk_rows)
+    chunk_rows = head.chunk_rows or auto_chunk_rows(  # two chunks of logits share the memory of one
+        hidden_RH.shape[0], shard.valid, hidden_RH.element_size(), chunk_bytes_on(hidden_RH) // 2)
+    return linear_loss(hidden_RH, weight_VH, chunk, shard=shard, factor_R=rows.factor_R, chunk_rows=chunk_rows)
 
 
 _NEEDS = {"needs": {"teacher_hidden_RH", "teacher_weight_VH"}, "teacher": "hidden"}
@@ -121,9 +123,9 @@ class _FromLogits(torch.autograd.Function):
         grad_RV = student_RV.detach() if overwrite or not want else student_RV.detach().clone()
         one_R = torch.ones(grad_RV.shape[0], device=grad_RV.device) if want else None
         out = []
-        rows = auto_chunk_rows(grad_RV.shape[0], max(1, shard.valid), grad_RV.element_size())
-        if grad_RV.is_cuda:
-            rows = max(1, grad_RV.shape[0])
+        rows = max(1, grad_RV.shape[0])
+        if not grad_RV.is_cuda:
+            rows = auto_chunk_rows(rows, shard.valid, grad_RV.element_size(), chunk_bytes_on(grad_RV))
         for lo in range(0, grad_RV.shape[0], rows):
             part = slice(lo, lo + rows)
             student_CV, teacher_CV = grad_RV[part, : shard.valid], teacher_RV.detach()[part, : shard.valid]

@@ -26,18 +26,20 @@ from ta_opd.errors import ConfigError, NumericsError
 ChunkLoss = Callable[[torch.Tensor, int, int, torch.Tensor | None], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 _ROW_TILE = 128
-_SMALL_CHUNK_BYTES = 112 << 20
-_LARGE_CHUNK_BYTES = 512 << 20
-_MAX_CHUNKS = 16
+CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # of logits; on CPU the torch bodies also make f32 copies of a chunk
 
 
-def auto_chunk_rows(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """Rows of a chunk: about 112 MiB of logits, more (to 512 MiB) when that would take over 16 chunks; tiles of 128."""
-    row_bytes = max(1, num_columns * itemsize)
-    small = _SMALL_CHUNK_BYTES // row_bytes
-    large = _LARGE_CHUNK_BYTES // row_bytes
-    rows = max(small, min(large, -(-num_rows // _MAX_CHUNKS)))
-    return max(_ROW_TILE, rows // _ROW_TILE * _ROW_TILE)
+def auto_chunk_rows(num_rows: int, num_columns: int, itemsize: int, chunk_bytes: int) -> int:
+    """Rows of a chunk of at most `chunk_bytes` of logits (128 rows at least): equal chunks, in whole tiles of 128 rows."""
+    most = max(_ROW_TILE, chunk_bytes // max(1, num_columns * itemsize))
+    if num_rows <= most:
+        return max(1, num_rows)
+    even = -(-num_rows // -(-num_rows // most))
+    return min(-(-even // _ROW_TILE) * _ROW_TILE, most)
+
+
+def chunk_bytes_on(tensor: torch.Tensor) -> int:
+    return CHUNK_BYTES["cuda" if tensor.is_cuda else "cpu"]
 
 
 class _Head:
@@ -45,7 +47,7 @@ class _Head:
 
     def __init__(self, hidden_RH, weight_VH, shard: VocabShard, chunk_rows: int):
         self.hidden, self.weight, self.shard = hidden_RH.detach(), weight_VH.detach()[: shard.valid], shard
-        self.chunk_rows = max(1, min(chunk_rows, max(1, hidden_RH.shape[0])))
+        self.chunk_rows = max(1, min(chunk_rows, hidden_RH.shape[0]))
 
     def chunks(self):
         """Yield (lo, hi, logits [C, valid]); the logits share one buffer, whose row stride is a multiple of 64."""
@@ -142,7 +144,7 @@ def linear_loss(hidden_RH: torch.Tensor, weight_VH: torch.Tensor, chunk_loss: Ch
     if hidden_RH.dim() != 2 or hidden_RH.shape[1] != weight_VH.shape[1] or hidden_RH.dtype != weight_VH.dtype:
         raise ConfigError(f"expected hidden [R, H] and weight [V, H] of one dtype, got {tuple(hidden_RH.shape)} "
                           f"{hidden_RH.dtype} and {tuple(weight_VH.shape)} {weight_VH.dtype}")
-    rows = chunk_rows or auto_chunk_rows(hidden_RH.shape[0], shard.valid, hidden_RH.element_size())
+    rows = chunk_rows or auto_chunk_rows(hidden_RH.shape[0], shard.valid, hidden_RH.element_size(), chunk_bytes_on(hidden_RH))
     stats: dict[str, torch.Tensor] = {}
     if factor_R is None:
         loss_R = _FactorUnknown.apply(hidden_RH, weight_VH, chunk_loss, shard, rows, stats)

@@ -6,10 +6,28 @@ All work on logits z = logits x inv_temperature, in f32 (f64 for f64 logits). No
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
+
+KERNELS = True  # False: the torch bodies on CUDA too (to compare)
+
+
+@functools.cache
+def _triton_ops():
+    try:
+        from slime.backends.megatron_utils.losses import triton_ops
+    except ImportError:
+        return None
+    return triton_ops
+
+
+def _kernels(*tensors: torch.Tensor):
+    """The Triton module when it can take these tensors, else None."""
+    ops = _triton_ops() if KERNELS and tensors[0].is_cuda else None
+    return ops if ops is not None and tensors[0].numel() and ops.supported(*tensors) else None
 
 
 def _scaled(logits_CV: torch.Tensor, inv_temperature: float) -> torch.Tensor:
@@ -30,6 +48,8 @@ def row_stats(logits_CV: torch.Tensor, inv_temperature: float = 1.0):
         empty_C = torch.zeros(logits_CV.shape[0], dtype=torch.promote_types(logits_CV.dtype, torch.float32),
                               device=logits_CV.device)
         return torch.full_like(empty_C, -torch.inf), empty_C, empty_C.clone()
+    if ops := _kernels(logits_CV):
+        return ops.row_stats(logits_CV, inv_temperature)
     z_CV = _scaled(logits_CV, inv_temperature)
     max_C = z_CV.amax(1)
     z_CV = z_CV - _finite(max_C)[:, None]
@@ -43,6 +63,8 @@ def softmax_scale_(logits_CV: torch.Tensor, log_z_C: torch.Tensor, coefficient_C
     """Overwrite the logits with coefficient x exp(z - log_z); 0 where z is -inf or log_z is -inf. Returns them."""
     if logits_CV.shape[1] == 0:
         return logits_CV
+    if ops := _kernels(logits_CV):
+        return ops.softmax_scale_(logits_CV, log_z_C, coefficient_C, inv_temperature)
     z_CV = _scaled(logits_CV, inv_temperature)
     empty_C = log_z_C == -torch.inf
     out_CV = (z_CV - torch.where(empty_C, 0.0, log_z_C)[:, None]).exp_()
@@ -54,6 +76,8 @@ def scale_(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Multiply in place by a scalar tensor; no pass over memory when it is 1 (known on CPU, found by the kernel on CUDA)."""
     if tensor.device.type == "cpu" and float(factor) == 1.0:
         return tensor
+    if (ops := _kernels(tensor)) and tensor.is_contiguous():
+        return ops.scale_(tensor, factor)
     return tensor.mul_(factor.to(tensor.dtype))
 
 
@@ -80,6 +104,8 @@ def pair_stats(student_CV: torch.Tensor, teacher_CV: torch.Tensor, inv_temperatu
                               device=student_CV.device)
         none_C = torch.full_like(empty_C, -torch.inf)
         return PairStats(none_C, empty_C, empty_C, none_C, empty_C, empty_C, empty_C)
+    if ops := _kernels(student_CV, teacher_CV):
+        return PairStats(*ops.pair_stats(student_CV, teacher_CV, inv_temperature))
     x_CV, y_CV = _scaled(student_CV, inv_temperature), _scaled(teacher_CV, inv_temperature)
     max_x, max_y = x_CV.amax(1), y_CV.amax(1)
     x_CV, y_CV = x_CV - max_x[:, None], y_CV - max_y[:, None]
@@ -97,6 +123,8 @@ def jsd_sums(student_CV, teacher_CV, log_z_x_C, log_z_y_C, beta: float, inv_temp
     """This rank's part of (KL(p || m), KL(q || m)), m = beta q + (1 - beta) p, f32 [C] each."""
     if student_CV.shape[1] == 0:
         return torch.zeros_like(log_z_x_C), torch.zeros_like(log_z_x_C)
+    if ops := _kernels(student_CV, teacher_CV):
+        return ops.jsd_sums(student_CV, teacher_CV, log_z_x_C, log_z_y_C, beta, inv_temperature)
     s_CV = _scaled(student_CV, inv_temperature) - log_z_x_C[:, None]
     t_CV = _scaled(teacher_CV, inv_temperature) - log_z_y_C[:, None]
     m_CV = _log_mixture(s_CV, t_CV, beta)
@@ -112,6 +140,9 @@ def pair_gradient_(student_CV, teacher_CV, kind: str, log_z_x_C, log_z_y_C, valu
     """
     if student_CV.shape[1] == 0:
         return student_CV
+    if ops := _kernels(student_CV, teacher_CV):
+        return ops.pair_gradient_(student_CV, teacher_CV, kind, log_z_x_C, log_z_y_C, value_C, coefficient_C, beta,
+                                  inv_temperature)
     s_CV = _scaled(student_CV, inv_temperature) - log_z_x_C[:, None]
     t_CV = _scaled(teacher_CV, inv_temperature) - log_z_y_C[:, None]
     p_CV = s_CV.exp()
@@ -126,4 +157,6 @@ def pair_gradient_(student_CV, teacher_CV, kind: str, log_z_x_C, log_z_y_C, valu
 
 def scale_rows_(tensor_CV: torch.Tensor, factor_C: torch.Tensor) -> torch.Tensor:
     """Multiply rows in place; rows whose factor is 1 are not touched on CUDA."""
+    if ops := _kernels(tensor_CV):
+        return ops.scale_rows_(tensor_CV, factor_C)
     return tensor_CV.mul_(factor_C.to(tensor_CV.dtype)[:, None])
