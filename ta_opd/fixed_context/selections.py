@@ -59,3 +59,48 @@ def selection_gains(gain_N: np.ndarray, weights_NM: list[np.ndarray], groups, nu
             )
         )
     return results
+
+
+@dataclass(frozen=True)
+class HonestChoice:
+    """What the best-looking selection brings on contexts that did not choose it: mean gain of its kept tokens and its difference to random,
+    averaged over split halves; chosen: index of a selection -> share of the splits that chose it."""
+
+    mean_gain: float
+    vs_random: float
+    chosen: dict[int, float]
+
+
+def honest_choice(gain_N: np.ndarray, weights_NM: list[np.ndarray], groups, rng: np.random.Generator, *, repeats: int = 50) -> HonestChoice:
+    """Choose on one half of the groups, judge on the other, both ways, `repeats` times. NaN with fewer than four groups.
+
+    The best of many noisy means is too good to be true on the data that chose it; this is not.
+    """
+    codes_N, labels_G = group_codes(groups)
+    G = len(labels_G)
+    if G < 4:
+        return HonestChoice(float("nan"), float("nan"), {})
+    sums_GM = np.stack([np.bincount(codes_N, weights=gain_N * w, minlength=G) for w in weights_NM], axis=1)
+    mass_GM = np.stack([np.bincount(codes_N, weights=np.asarray(w, float), minlength=G) for w in weights_NM], axis=1)
+    all_G, count_G = np.bincount(codes_N, weights=gain_N, minlength=G), np.bincount(codes_N, minlength=G).astype(float)
+    halves = np.zeros((2 * repeats, G))
+    for r in range(repeats):
+        halves[2 * r, rng.permutation(G)[: G // 2]] = 1
+        halves[2 * r + 1] = 1 - halves[2 * r]
+    mean = ratio_draws(halves, sums_GM, mass_GM)
+    overall = ratio_draws(halves, all_G, count_G)
+    picks, gains, differences = [], [], []
+    for half in range(2 * repeats):
+        other = half ^ 1
+        if not np.isfinite(mean[half]).any():
+            continue
+        best = int(np.nanargmax(mean[half]))
+        if np.isfinite(mean[other, best]):
+            picks.append(best)
+            gains.append(mean[other, best])
+            differences.append(mean[other, best] - overall[other])
+    if not picks:
+        return HonestChoice(float("nan"), float("nan"), {})
+    values, counts = np.unique(picks, return_counts=True)
+    shares = dict(zip(values.tolist(), (counts / len(picks)).tolist(), strict=True))
+    return HonestChoice(float(np.mean(gains)), float(np.mean(differences)), shares)
