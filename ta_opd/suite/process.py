@@ -19,11 +19,12 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """`returncode` of the command, `seconds` it took, and whether we stopped it on request."""
+    """`returncode` of the command, `seconds` it took, and whether we stopped it: on request, or at its time limit."""
 
     returncode: int
     seconds: float
     interrupted: bool = False
+    timed_out: bool = False
 
 
 class Interrupted(Exception):
@@ -51,10 +52,11 @@ def run_logged(
     stop: Sequence[int] = (),
     tick: Callable[[float], None] | None = None,
     grace: float = GRACE_SECONDS,
+    limit: float | None = None,
 ) -> Outcome:
     """Runs `command` with its output appended to `log`; calls `tick(seconds)` twice a second.
 
-    When `stop` (see stop_requests) is not empty, the group gets SIGINT, after `grace` seconds SIGTERM, then SIGKILL. The
+    When `stop` (see stop_requests) is not empty, or after `limit` seconds, the group gets SIGINT, after `grace` seconds SIGTERM, then SIGKILL. The
     child gets SIGTERM by itself when this process dies.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -67,18 +69,18 @@ def run_logged(
             start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
         try:
-            while child.poll() is None and not stop:
+            while child.poll() is None and not stop and not (limit and time.monotonic() - started > limit):
                 if tick:
                     tick(time.monotonic() - started)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(0.5)
-            interrupted = child.poll() is None
-            if interrupted:
+            running = child.poll() is None
+            if running:
                 _end(child, grace)
         finally:
             _signal_group(child.pid, signal.SIGKILL)  # what the command left behind in its own group
             child.wait()
-    return Outcome(child.returncode, time.monotonic() - started, interrupted)
+    return Outcome(child.returncode, time.monotonic() - started, running and bool(stop), running and not stop)
 
 
 def _die_with_parent() -> None:
