@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,3 +30,8 @@ def run(coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
     except BaseException:
         future.cancel()
         raise
+
+
+def submit(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    """Starts `coroutine` on the service loop; the caller goes on and asks the future later."""
+    return asyncio.run_coroutine_threadsafe(coroutine, service_loop())

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from ta_opd.errors import ConfigError, ServiceError
 logger = logging.getLogger(__name__)
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
 _STOP_SECONDS = 15.0
-_LOG_LINES = 25
+_LOG_LINES, _LOG_WIDTH, _LOG_BYTES = 25, 240, 65536
 
 
 def is_loopback(host: str) -> bool:
@@ -92,7 +93,7 @@ class SGLangServer:
             advertise = host if host not in ("0.0.0.0", "::") else socket.gethostbyname(socket.gethostname())
         self.advertise = advertise
         self._process: subprocess.Popen | None = None
-        self._log_start = 0
+        self._log_start, self._scratch = 0, ""
 
     @classmethod
     def for_run(
@@ -143,7 +144,7 @@ class SGLangServer:
         self.port = self.wanted_port or free_port(self.host)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         # Short path: SGLang puts its sockets there, and a socket's path holds about 100 characters.
-        scratch = tempfile.mkdtemp(prefix="sgl-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        scratch = self._scratch = tempfile.mkdtemp(prefix="sgl-", dir="/tmp" if os.path.isdir("/tmp") else None)
         with self.log_file.open("ab") as log:
             self._log_start = log.tell()
             log.write(f"\n$ {' '.join(self.command())}\n".encode())
@@ -226,6 +227,7 @@ class SGLangServer:
             except subprocess.TimeoutExpired:
                 process.kill()  # the server's parent-death signal ends it, too
                 process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         self._process = None
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
@@ -233,11 +235,11 @@ class SGLangServer:
         try:
             with self.log_file.open("rb") as file:
                 file.seek(0, os.SEEK_END)
-                file.seek(max(self._log_start, file.tell() - 200 * max(lines, 10)))
+                file.seek(max(self._log_start, file.tell() - _LOG_BYTES))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return "(no log)"
-        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+        return "\n".join([line[:_LOG_WIDTH] for line in text.splitlines() if line.strip()][-lines:])
 
     def _environment(self, scratch: str) -> dict[str, str]:
         env = dict(os.environ)

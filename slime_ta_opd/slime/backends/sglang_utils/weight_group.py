@@ -1,0 +1,112 @@
+"""A process group of the trainer's source rank and every engine rank, for broadcasting weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from slime.backends.sglang_utils import loop
+from slime.backends.sglang_utils.client import SGLangClient
+from slime.backends.sglang_utils.weight_bucket import Bucket
+from ta_opd.errors import ServiceError
+
+logger = logging.getLogger(__name__)
+
+
+class WeightGroup:
+    """Rank 0 is this process; engine i holds ranks 1 + i * tp onwards."""
+
+    def __init__(self, client: SGLangClient, tp: int, backend: str, host: str, port: int, name: str):
+        self.client, self.tp, self.backend, self.host, self.port, self.name = client, tp, backend, host, port, name
+        self.world = 1 + len(client.urls) * tp
+        self.group: dist.ProcessGroup | None = None
+
+    def join(self, timeout: float) -> None:
+        """Builds the group; ServiceError when an engine does not join."""
+
+        async def invite():
+            await asyncio.gather(
+                *(
+                    self.client.init_weights_update_group(
+                        url, master_address=self.host, master_port=self.port, rank_offset=1 + i * self.tp,
+                        world_size=self.world, group_name=self.name, backend=self.backend,
+                    )
+                    for i, url in enumerate(self.client.urls)
+                )
+            )  # fmt: skip
+
+        invited = asyncio.run_coroutine_threadsafe(invite(), loop.service_loop())
+        limit = timedelta(seconds=timeout)
+        try:
+            # The same steps as the engines take: a TCP store, keys prefixed by the group's name, then the backend.
+            store, _, _ = next(dist.rendezvous(f"tcp://{self.host}:{self.port}", 0, self.world, timeout=limit))
+            store.set_timeout(limit)
+            self.group, _ = c10d._new_process_group_helper(
+                self.world, 0, [], dist.Backend(self.backend), dist.PrefixStore(self.name, store),
+                group_name=self.name, timeout=limit,
+            )  # fmt: skip
+            c10d._world.pg_group_ranks[self.group] = {i: i for i in range(self.world)}
+            invited.result(timeout)
+        except ServiceError:
+            raise
+        except Exception as error:  # whatever the store or the backend raises
+            invited.cancel()
+            raise ServiceError(f"weight sync: the engines did not join within {timeout:.0f} s: {error}") from error
+
+    def send(self, bucket: Bucket, version: str | None, flush: bool) -> None:
+        """Broadcasts one bucket; ServiceError as soon as an engine refuses it or dies."""
+
+        async def announce():
+            await asyncio.gather(
+                *(
+                    self.client.update_weights_from_distributed(
+                        url, names=bucket.names, dtypes=bucket.dtypes, shapes=bucket.shapes, group_name=self.name,
+                        flush_cache=flush, weight_version=version, load_format="flattened_bucket",
+                    )
+                    for url in self.client.urls
+                )
+            )  # fmt: skip
+
+        announced = asyncio.run_coroutine_threadsafe(announce(), loop.service_loop())
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        work = self.group.broadcast([bucket.tensor], options)
+        pause = 0.0002
+        while not work.is_completed():
+            if announced.done() and announced.exception() is not None:
+                raise announced.exception()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise ServiceError(f"weight sync: the broadcast to the engines failed: {error}") from error
+        announced.result(self.client.timeout)
+        if bucket.tensor.is_cuda:
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Leaves the group on both ends; an engine that is gone is passed over."""
+
+        async def dismiss():
+            results = await asyncio.gather(
+                *(
+                    self.client.call(url, "/destroy_weights_update_group", {"group_name": self.name}, timeout=20)
+                    for url in self.client.urls
+                ),
+                return_exceptions=True,
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    logger.debug("weight sync: leaving the group: %s", result)
+
+        loop.run(dismiss())
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
