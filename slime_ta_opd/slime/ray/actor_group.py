@@ -62,6 +62,7 @@ class ActorGroup:
         return {f"train/{k}": float(v) for k, v in results[0].items() if isinstance(v, (int, float))}
 
     def update_weights(self, rollout, version: int) -> None:
+        rollout.resync = lambda: self.update_weights(rollout, version)
         engines = rollout.engines()
         get([a.update_weights.remote(engines, version) for a in self.actors])
         rollout.set_version(version)

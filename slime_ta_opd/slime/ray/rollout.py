@@ -7,11 +7,13 @@ Per-token data never pass through the driver: it gets object references, one a r
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
+from slime.backends.sglang_utils.client import StaleWeights
 from slime.observability.metrics import rollout_metrics
 from slime.observability.timer import Timer
 from slime.ray.actor_group import get
@@ -19,6 +21,9 @@ from slime.ray.placement import Placement
 from slime.utils import fields
 from slime.utils.dp_schedule import split_for_data_parallel
 from slime.utils.types import Sample
+from ta_opd.errors import ServiceError
+
+RESTARTS = 3  # times that one rollout may lose its engines
 
 
 @dataclass
@@ -44,6 +49,7 @@ class RolloutGroup:
         self.args = args
         self.actor = RolloutManager.options(**placement.options(0, gpus=[])).remote(args, placement)
         self._ready = self.actor.start.remote()
+        self.resync: Callable[[], None] = lambda: None  # sends the current weights; set by the run once there is a trainer
 
     def wait_ready(self) -> None:
         for line in get([self._ready])[0]:
@@ -56,10 +62,21 @@ class RolloutGroup:
         get([self.actor.set_version.remote(version)])
 
     def generate(self, rollout_id: int) -> Batch:
-        return get([self.actor.generate.remote(rollout_id)])[0]
+        return self._with_engines("generate", rollout_id)
 
     def evaluate(self, rollout_id: int) -> dict[str, dict[str, Any]]:
-        return get([self.actor.evaluate.remote(rollout_id)])[0]
+        return self._with_engines("evaluate", rollout_id)
+
+    def _with_engines(self, method: str, rollout_id: int) -> Any:
+        """Calls the manager; after a restarted engine the weights are sent again (`resync`) and the call starts over."""
+        for _ in range(1 + RESTARTS):
+            try:
+                return get([getattr(self.actor, method).remote(rollout_id)])[0]
+            except StaleWeights as problem:
+                last = problem
+                print(f"rollout {rollout_id}: {problem}; sending the weights and starting over")
+                self.resync()
+        raise ServiceError(f"rollout {rollout_id}: engines were lost {1 + RESTARTS} times; last problem: {last}")
 
     def state(self) -> dict[str, Any]:
         return get([self.actor.state.remote()])[0]
@@ -103,9 +120,16 @@ class RolloutManager:
         from slime.rollout.sglang_rollout import generate_rollout
 
         begin = time.time()
-        self.servers.heal()
-        with self.timer.phase("generate"):
-            groups = generate_rollout(self.args, rollout_id, self.source, self.servers.clients)
+        place = self.source.state_dict()
+        try:
+            self._heal()
+            with self.timer.phase("generate"):
+                groups = generate_rollout(self.args, rollout_id, self.source, self.servers.clients)
+        except (ServiceError, StaleWeights) as problem:
+            self.source.load_state_dict(place)  # the same prompts again: nothing is lost or doubled
+            if not isinstance(problem, StaleWeights):
+                self._heal(problem)
+            raise
         samples = [s for group in groups for s in group]
         selection = self._select(samples, rollout_id)
         if self.args.save_debug_rollout_data:
@@ -119,6 +143,12 @@ class RolloutManager:
             refs = [[ray.put({**shard, "rollout_id": rollout_id})] for shard in shards]
         seconds = {**self.timer.take(), **self.servers.clients.take_seconds(), "rollout": time.time() - begin}
         return Batch(rollout_id, refs, metrics, seconds, self.timer.take_spans())
+
+    def _heal(self, problem: Exception | None = None) -> None:
+        """Restarts dead servers; StaleWeights where a student engine is among them."""
+        restarted = self.servers.heal()
+        if any(name.startswith("student") for name in restarted) or (restarted and problem is not None):
+            raise StaleWeights(f"restarted {', '.join(restarted)}") from problem
 
     def _select(self, samples: list[Sample], rollout_id: int) -> dict[str, Any] | None:
         if self.args.opd_type == "megatron" or self.args.opd_topk_metrics_k == 0:
@@ -137,7 +167,7 @@ class RolloutManager:
         """Accuracy of the current student on every evaluation set; no teacher, no top-k."""
         from slime.rollout.evaluate import evaluate
 
-        self.servers.heal()
+        self._heal()
         return {name: evaluate(self.args, rollout_id, self.servers.clients, data) for name, data in self.evaluation.items()}
 
     def state(self) -> dict[str, Any]:

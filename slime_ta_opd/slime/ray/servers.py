@@ -1,7 +1,7 @@
 """Every server of a run: student engines and teachers on their slots, started side by side, watched, and stopped.
 
-A server is a Ray actor on its node that owns one SGLang process group. A student engine that died is started again and
-gets the current weights; a teacher that died is started again; external servers are only watched.
+A server is a Ray actor on its node that owns one SGLang process group. One that died is started again; a student engine
+then needs the current weights, which the driver sends. External servers are only watched.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import ray
 
-from slime.backends.sglang_utils.client import Clients, SGLangClient
-from slime.backends.sglang_utils.probe import probe, table
+from slime.backends.sglang_utils.client import Clients
 from slime.ray.placement import Placement
 from ta_opd.errors import ServiceError
 
@@ -60,7 +59,6 @@ class Managed:
     port: int | None = None
     actor: ray.actor.ActorHandle | None = None
     url: str = ""
-    needs_weights: bool = False
 
 
 class Servers:
@@ -87,6 +85,8 @@ class Servers:
         self._connect()
         if self.args.skip_probe:
             return []
+        from slime.backends.sglang_utils.probe import probe, table
+
         checks = probe(self.args, self.clients.student, self.clients.teachers)
         lines = table(checks)
         failed = [c for c in checks if c.failed]
@@ -114,6 +114,7 @@ class Servers:
             "urls": list(self.clients.student.urls),
             "api_key": self.args.sglang_api_key,
             "tp": self.args.rollout_num_gpus_per_engine,
+            "slots": [m.slots for m in self.engines],
             "colocated": bool(self.args.colocate and self.args.device == "cuda" and self.engines),
         }
 
@@ -134,7 +135,7 @@ class Servers:
         return out
 
     def heal(self) -> list[str]:
-        """Starts dead servers again; a student engine gets the current weights before it is used."""
+        """Starts dead servers again and connects anew; returns their names. A student engine then has its first weights."""
         dead = self.dead()
         for m in dead:
             with contextlib.suppress(Exception):
@@ -146,19 +147,7 @@ class Servers:
             self.clients.close()
             self._connect()
             self.set_version(self.version)
-            if any(m.role == "student" for m in dead):
-                self._refill([m for m in dead if m.role == "student"])
         return [m.name for m in dead]
-
-    def _refill(self, engines: list[Managed]) -> None:
-        """Current weights for restarted engines, from the last snapshot on disk."""
-        snapshot = Path(self.args.output_dir).absolute() / "weights"
-        if not (snapshot / "config.json").exists():
-            raise ServiceError(f"engines {[m.name for m in engines]} were restarted, but {snapshot} holds no weights for version {self.version}")
-        for m in engines:
-            client = SGLangClient.for_run(self.args, [m.url], "student")
-            client.run(client.update_weights_from_disk(str(snapshot), str(self.version)))
-            client.close()
 
     def stop(self) -> None:
         if self.clients is not None:
