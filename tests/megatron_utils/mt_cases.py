@@ -6,6 +6,7 @@ import argparse
 
 import mt_tiny
 import numpy as np
+import torch
 import torch.distributed as dist
 
 _state: dict = {}
@@ -74,3 +75,112 @@ def train(rank, ranks, port, model, data, steps: int = 3, grads: bool = True, **
     out["metrics"] = [trainer.train(step, own) for step in range(steps)]
     out["weights"] = export(trainer)
     return out
+
+
+EXTRA = {"data_source": {"epoch": 1, "offset": (3, 4)}, "note": "kept"}
+
+
+def moments(trainer) -> dict[str, np.ndarray]:
+    """Both Adam moments by "<moment>:<HF name>", gathered over data, tensor and pipeline parallel ranks (rank 0)."""
+    from slime.backends.megatron_utils import weights
+    from slime.backends.megatron_utils.model import unwrap
+
+    model = unwrap(trainer.model)
+    out = {}
+    for key in ("exp_avg", "exp_avg_sq"):
+        held = {p: p.data for p in model.parameters()}
+        for p in held:
+            p.data = _moment(trainer, p, key).to(torch.float32)
+        try:
+            buckets = list(weights.hf_weight_buckets(model, 1 << 24))
+            out.update({f"{key}:{n}": t.numpy().copy() for b in buckets for n, t in b})
+        finally:
+            for p, data in held.items():
+                p.data = data
+    return out
+
+
+def _moment(trainer, param, key):
+    """One moment of a parameter at its full (tensor-parallel) shape; data-parallel ranks hold parts or copies of it."""
+    part = trainer.optimizer.core.chained_optimizers[0]
+    if not hasattr(part, "model_param_group_index_map"):
+        main = getattr(param, "main_param", None)
+        return part.optimizer.state[param if main is None else main][key].reshape(param.shape)
+    full = torch.zeros(param.numel())
+    if param in part.model_param_group_index_map:
+        group, order = part.model_param_group_index_map[param]
+        main = part.optimizer.param_groups[group]["params"][order]
+        where = part._get_model_param_range_map(param)["param"]
+        full[where.start : where.end] = part.optimizer.state[main][key].reshape(-1)
+    dist.all_reduce(full, group=part.data_parallel_group)
+    return full.reshape(param.shape)
+
+
+def save_then_step(rank, ranks, port, model, data, **changes) -> dict:
+    """Two steps, a save, and one more step as the uninterrupted run takes it."""
+    trainer, _ = make_trainer(rank, ranks, port, model, lr_decay_style="cosine", lr_decay_iters=10, **changes)
+    own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
+    for rollout in range(2):
+        trainer.train(rollout, own)
+    trainer.save(1, EXTRA)
+    out = {"moments": moments(trainer), "weights": export(trainer)}
+    return {**out, "next": trainer.train(2, own), "after": export(trainer)}
+
+
+def load_then_step(rank, ranks, port, model, data, **changes) -> dict:
+    trainer, start = make_trainer(rank, ranks, port, model, lr_decay_style="cosine", lr_decay_iters=10, **changes)
+    own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
+    states = [s for part in trainer.optimizer.core.chained_optimizers for s in part.optimizer.state.values()]
+    out = {
+        "start": start,
+        "extra": trainer.load_extra(),
+        "steps": {float(s["step"]) for s in states},
+        "step_tensors": len({s["step"].data_ptr() for s in states}),
+        "parameters": len(states),
+        "moments": moments(trainer),
+        "weights": export(trainer),
+    }
+    return {**out, "next": trainer.train(start, own), "after": export(trainer)}
+
+
+def crash_in_second_save(rank, ranks, port, model, data, **changes) -> str:
+    """The process dies (here: an exception) between writing the files and putting them in place."""
+    from slime.backends.megatron_utils import checkpoint
+
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    trainer.save(0, EXTRA)
+    held = checkpoint.publish
+    checkpoint.publish = _crash
+    try:
+        trainer.save(1, EXTRA)
+    except KeyboardInterrupt:
+        return "crashed"
+    finally:
+        checkpoint.publish = held
+    return "went on"
+
+
+def _crash(*args):
+    raise KeyboardInterrupt
+
+
+def save_many(rank, ranks, port, model, rollouts, **changes) -> None:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    for rollout in rollouts:
+        trainer.save(rollout, EXTRA)
+
+
+def load_error(rank, ranks, port, model, data, **changes) -> tuple[str, str] | None:
+    """(name, text) of the error that building and loading raises, or None."""
+    try:
+        make_trainer(rank, ranks, port, model, **changes)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def save_error(rank, ranks, port, model, **changes) -> tuple[str, str] | None:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    try:
+        trainer.save(0, {"a function": make_args})
+    except Exception as error:
+        return type(error).__name__, str(error)

@@ -37,7 +37,7 @@ QUICK = {("one", "topk_reverse_kl"), ("tp2_sp", "topk_jsd"), ("cp2", "sampled_re
          ("dp2_overlap", "topk_reverse_kl")}  # fmt: skip
 
 
-def compare(results: list[dict], reference: dict, *, moe: bool = False) -> None:
+def compare(results: list[dict], reference: dict, *, names: bool = True) -> None:
     logps = {i: x for r in results for i, x in r["log_probs"].items()}
     assert sorted(logps) == list(range(len(reference["log_probs"])))
     for i, expected in enumerate(reference["log_probs"]):
@@ -47,7 +47,7 @@ def compare(results: list[dict], reference: dict, *, moe: bool = False) -> None:
         assert [m["loss"] for m in r["metrics"]] == [m["loss"] for m in first["metrics"]], "ranks disagree on the loss"
     np.testing.assert_allclose([m["loss"] for m in first["metrics"]], reference["losses"], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose([m["grad_norm"] for m in first["metrics"]], reference["norms"], rtol=1e-5)
-    if moe:
+    if not names:
         return
     assert set(first["weights"]) == set(reference["weights"])
     for name, expected in reference.get("gradients", {}).items():
@@ -96,3 +96,41 @@ def test_student_support(pool, models, references):
         **LAYOUTS["tp2"],
     )  # fmt: skip
     compare(results, references("qwen3", False, "topk_reverse_kl", support="student", lr=LR))
+
+
+MOE_LAYOUTS = {
+    "one": dict(ranks=1),
+    "ep2": dict(ranks=2, expert_model_parallel_size=2),
+    "tp2_ep2": dict(
+        ranks=2, tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1, sequence_parallel=True
+    ),
+    "tp2_sp": dict(ranks=2, tensor_model_parallel_size=2, sequence_parallel=True),
+    "pp2_ep2_distopt": dict(
+        ranks=4, pipeline_model_parallel_size=2, expert_model_parallel_size=2, use_distributed_optimizer=True
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def moe_reference(references, tmp_path_factory):
+    """The dense run of the model with experts, its weights by their names on disk."""
+    from slime.backends.megatron_utils.hf_files import HFReader
+
+    run = references("qwen3_moe", False, "topk_reverse_kl", lr=LR)
+    folder = tmp_path_factory.mktemp("moe")
+    run["model"].save_pretrained(folder)
+    reader = HFReader(folder)
+    return run, {name: reader.get(name).numpy() for name in reader.names()}
+
+
+@pytest.mark.parametrize("layout", ["ep2", *(pytest.param(x, marks=pytest.mark.slow) for x in MOE_LAYOUTS if x != "ep2")])
+def test_experts(pool, models, moe_reference, layout):
+    reference, final = moe_reference
+    results = pool.run(
+        "train", model=models("qwen3_moe"), data=data(), opd_loss_type="topk_reverse_kl", lr=LR, grads=False,
+        **MOE_LAYOUTS[layout],
+    )  # fmt: skip
+    compare(results, reference, names=False)
+    assert set(results[0]["weights"]) == set(final)
+    for name, expected in final.items():
+        np.testing.assert_allclose(results[0]["weights"][name], expected, atol=WEIGHT_TOLERANCE, rtol=0, err_msg=name)

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from slime.backends.megatron_utils.distributed import first_error
 from slime.backends.megatron_utils.model import unwrap
@@ -136,8 +137,9 @@ def load(found: Found, model, optimizer: Optimizer | None) -> dict[str, Any]:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], _metadata(stacked), is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, path)
-    except (CheckpointingException, KeyError, RuntimeError) as error:
-        raise DataError(f"{path}: the checkpoint does not hold this model or layout: {error}") from error
+    except (CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(f"{path}: the checkpoint does not hold this model: {reason}") from error
     unwrap(model).load_state_dict(loaded["model"])
     if with_optimizer:
         optimizer.load_state_dict(loaded["optimizer"])

@@ -29,6 +29,7 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     import megatron.core.tensor_parallel.random as mcore_random
+    import megatron.core.transformer.moe.token_dispatcher as mcore_dispatcher
 
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = lambda device=None: None
@@ -39,6 +40,7 @@ def install() -> None:
     torch.cuda.Stream = _Stream
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    mcore_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
     _installed = True
 
 
@@ -55,6 +57,11 @@ def cpu_runtime():
             yield
     finally:
         _depth.value = 0
+
+
+def _split_sizes(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Token counts as the collectives want them; megatron-core converts only what was on a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _Stream:

@@ -45,6 +45,7 @@ def init_model_parallel(settings: Settings) -> None:
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         context_parallel_size=settings.context_parallel_size,
         expert_model_parallel_size=settings.expert_model_parallel_size,
+        expert_tensor_parallel_size=settings.expert_tp,
         distributed_timeout_minutes=settings.distributed_timeout_minutes,
     )
     if torch.cuda.is_available():

@@ -147,7 +147,9 @@ def rope_inv_freq(shape: ModelShape) -> torch.Tensor:
     return inv_freq
 
 
-def check_layout(shape: ModelShape, *, world: int, tp: int, pp: int, cp: int, ep: int, sequence_parallel: bool) -> None:
+def check_layout(
+    shape: ModelShape, *, world: int, tp: int, pp: int, cp: int, ep: int, expert_tp: int, sequence_parallel: bool
+) -> None:
     """Refuses a parallel layout that does not divide the model or the world. Raises ConfigError; builds nothing."""
     if min(world, tp, pp, cp, ep) < 1:
         raise ConfigError(f"layout: expected sizes of at least 1, got world {world}, TP {tp}, PP {pp}, CP {cp}, EP {ep}")
@@ -156,9 +158,9 @@ def check_layout(shape: ModelShape, *, world: int, tp: int, pp: int, cp: int, ep
     for what, size in (("attention heads", shape.num_heads), ("key/value groups", shape.num_kv_heads)):
         if size % tp:
             raise ConfigError(f"layout: expected TP to divide the {size} {what}, got TP {tp}")
-    ffn = shape.moe_ffn_hidden_size if shape.is_moe else shape.ffn_hidden_size
-    if ffn % tp:
-        raise ConfigError(f"layout: expected TP to divide the MLP width {ffn}, got TP {tp}")
+    ffn, ffn_tp = (shape.moe_ffn_hidden_size, expert_tp) if shape.is_moe else (shape.ffn_hidden_size, tp)
+    if ffn % ffn_tp:
+        raise ConfigError(f"layout: expected TP to divide the MLP width {ffn}, got TP {ffn_tp}")
     if shape.num_layers % pp:
         raise ConfigError(f"layout: expected PP to divide the {shape.num_layers} layers, got PP {pp}")
     if ep > 1 and not shape.is_moe:
@@ -166,8 +168,10 @@ def check_layout(shape: ModelShape, *, world: int, tp: int, pp: int, cp: int, ep
     if shape.is_moe:
         if shape.num_experts % ep:
             raise ConfigError(f"layout: expected EP to divide the {shape.num_experts} experts, got EP {ep}")
-        if world % (tp * pp * ep):
-            raise ConfigError(f"layout: expected world size {world} to be a multiple of TP x PP x EP = {tp} x {pp} x {ep}")
+        if world % (expert_tp * pp * ep):
+            raise ConfigError(
+                f"layout: expected world size {world} to be a multiple of expert TP x PP x EP = {expert_tp} x {pp} x {ep}"
+            )
         if tp > 1 and not sequence_parallel:
             raise ConfigError("layout: experts with TP > 1 need --sequence-parallel")
     if sequence_parallel and tp == 1:

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -72,6 +73,11 @@ def block_spec(config: TransformerConfig, implementation: str = "local") -> Tran
         if config.qk_layernorm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = norm
+    if config.num_moe_experts:
+        # megatron-core 0.16 reads this name without defining it where Transformer Engine is absent
+        moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+        # the norm before experts is a module of its own in every implementation, and is named so in checkpoints
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.module = RowSelectingLayer
     layers = get_num_layers_to_build(config)

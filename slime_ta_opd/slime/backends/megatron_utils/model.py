@@ -123,6 +123,7 @@ def transformer_config(shape: ModelShape, settings: Settings, dtype: torch.dtype
     if shape.is_moe:
         kwargs.update(
             num_moe_experts=shape.num_experts,
+            expert_tensor_parallel_size=settings.expert_tp,
             moe_router_topk=shape.experts_per_token,
             moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
             moe_router_pre_softmax=not shape.norm_topk_prob,

@@ -3,7 +3,8 @@
 With torch's AdamW inside, megatron-core 0.16's DistributedOptimizer (1) cannot describe itself before its first step,
 (2) fails on the key "step" when a checkpoint is loaded, and (3) leaves all parameters sharing one step tensor after a
 load, so that a step would count once a parameter. (1) is met by creating the state at once, (2) and (3) by the two
-functions that `_mend` puts in their place.
+functions that `_mend` puts in their place. The other optimizers cannot load a checkpoint written before the first step:
+mended there too.
 
 Weight decay is left off norms and biases: megatron-core applies that (wd_mult) only through OptimizerParamScheduler.
 """
@@ -55,8 +56,7 @@ class Optimizer:
         for part in self.core.chained_optimizers:
             if _is_torch_adam(part):
                 _create_state(part.optimizer)
-                if isinstance(part, DistributedOptimizer):
-                    _mend(part)
+                _mend(part)
         total = max(settings.total_steps, settings.lr_warmup_iters + 1)
         self.schedule = OptimizerParamScheduler(
             self.core,
@@ -112,9 +112,6 @@ class Optimizer:
     def load_state_dict(self, state: dict) -> None:
         """Takes moments and step counts from a checkpoint; learning rate, betas and eps stay those of this run."""
         self.core.load_state_dict(state)
-        for part in self.core.chained_optimizers:
-            if _is_torch_adam(part):
-                _own_steps(part.optimizer)
         for group, own in zip(self.core.param_groups, self._groups, strict=True):
             group.update(own)
         self.schedule.step(increment=0)
@@ -148,7 +145,9 @@ def _own_steps(adam: torch.optim.AdamW) -> None:
         state["step"] = torch.tensor(float(step), dtype=torch.float32)
 
 
-def _mend(optimizer: DistributedOptimizer) -> None:
+def _mend(optimizer) -> None:
+    """Replaces what fails, on this optimizer only."""
+
     def set_states(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
@@ -157,8 +156,11 @@ def _mend(optimizer: DistributedOptimizer) -> None:
                 target.copy_(tensors[key])
 
     def load_state_dict(self, state):
+        if not isinstance(self, DistributedOptimizer):  # these leave the common step out before the first step
+            state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
         type(self).load_state_dict(self, state)
         _own_steps(self.optimizer)
 
-    optimizer._set_main_param_and_optimizer_states = types.MethodType(set_states, optimizer)
     optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)
+    if isinstance(optimizer, DistributedOptimizer):
+        optimizer._set_main_param_and_optimizer_states = types.MethodType(set_states, optimizer)

@@ -33,6 +33,7 @@ class Settings:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
@@ -82,6 +83,8 @@ class Settings:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
         given = {f.name: getattr(args, f.name, None) for f in fields(cls)}
+        if given["expert_tensor_parallel_size"] is not None:  # known launchers pass it as text
+            given["expert_tensor_parallel_size"] = int(given["expert_tensor_parallel_size"])
         settings = cls(**{name: value for name, value in given.items() if value is not None})
         settings._check()
         return settings
@@ -102,6 +105,11 @@ class Settings:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ConfigError(f"--min-lr: expected at most --lr {self.lr}, got {self.min_lr}")
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallel size inside experts: --expert-tensor-parallel-size, or that of the rest of the model."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def dtype(self) -> torch.dtype:

@@ -60,6 +60,7 @@ class MegatronTrainer:
             pp=s.pipeline_model_parallel_size,
             cp=s.context_parallel_size,
             ep=s.expert_model_parallel_size,
+            expert_tp=s.expert_tp,
             sequence_parallel=s.sequence_parallel,
         )
         self.loss = get_loss(s.opd_loss_type)
