@@ -13,19 +13,26 @@ ROUNDINGS = ("ceil", "floor", "float_ceil")
 
 
 def exact_ceil(count: int, ratio: float) -> int:
-    """ceil(count * ratio) with the ratio taken as the decimal number it was written as: 100 * 0.07 gives 7."""
-    return math.ceil(count * Fraction(repr(float(ratio))))
+    """ceil(count * ratio) for the number that was meant by a float: 100 * 0.07 gives 7, and 9 * (5/9) gives 5.
+
+    A float stands for every number within half a step of it; the smallest of them counts.
+    """
+    return math.ceil(count * (Fraction(ratio) - Fraction(math.ulp(ratio)) / 2))
+
+
+def exact_floor(count: int, ratio: float) -> int:
+    """floor(count * ratio) in the same sense: 100 * 0.29 gives 29."""
+    return math.floor(count * (Fraction(ratio) + Fraction(math.ulp(ratio)) / 2))
 
 
 def token_budget(count: int, ratio: float, rounding: str) -> int:
     """How many of `count` valid tokens to keep, at least 1 (0 of 0). `float_ceil` is the released one: 100 * 0.07 gives 8 there."""
     if count == 0:
         return 0
+    ratio = float(ratio)
     if rounding == "float_ceil":
         return max(1, math.ceil(count * ratio))
-    if rounding == "floor":
-        return max(1, math.floor(count * Fraction(repr(float(ratio)))))
-    return max(1, exact_ceil(count, ratio))
+    return max(1, exact_floor(count, ratio) if rounding == "floor" else exact_ceil(count, ratio))
 
 
 def response_budgets(counts_N: np.ndarray, ratio: float, rounding: str) -> np.ndarray:

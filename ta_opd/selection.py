@@ -28,7 +28,7 @@ from ta_opd.selectors.registry import (
 )
 from ta_opd.topk import TopK
 
-__all__ = [  # noqa: F822  (MASK_CHOICES is computed by __getattr__, the registry is open)
+__all__ = [
     "MASK_CHOICES", "METHOD_ALIASES", "RELEASED_MASKS", "Selection", "SelectionConfig", "exact_ceil", "list_selectors",
     "register_selector", "resolve_mask", "select_tokens",
 ]  # fmt: skip
@@ -87,10 +87,8 @@ _ARGUMENT = {
 }  # fmt: skip
 
 
-def __getattr__(name: str):
-    if name == "MASK_CHOICES":
-        return tuple(dict.fromkeys([*RELEASED_MASKS, *(s.name for s in list_selectors())]))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# The choices of --opd-budget-mask: the released ones in their order, then the field's. A user's own rule goes by selector_path.
+MASK_CHOICES = tuple(dict.fromkeys([*RELEASED_MASKS, *(selector.name for selector in list_selectors())]))
 
 
 @dataclass(frozen=True)
