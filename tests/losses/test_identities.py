@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import loss_cases as cases
+import loss_reference as reference
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases  # noqa: E402
-import reference  # noqa: E402
-
-from slime.backends.megatron_utils.losses.full import divergence_from_logits  # noqa: E402
-from slime.backends.megatron_utils.losses.registry import LOSS_TYPES, get_loss  # noqa: E402
-from slime.backends.megatron_utils.losses.topk import TAIL_FLOOR  # noqa: E402
-from slime.backends.megatron_utils.losses.types import Rows  # noqa: E402
+from slime.backends.megatron_utils.losses.full import divergence_from_logits
+from slime.backends.megatron_utils.losses.registry import LOSS_TYPES, get_loss
+from slime.backends.megatron_utils.losses.topk import TAIL_FLOOR
+from slime.backends.megatron_utils.losses.types import Rows
 
 R, V = 9, 50
 KINDS = ("reverse_kl", "forward_kl", "jsd")

@@ -7,46 +7,67 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-from pathlib import Path
 
+import loss_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases  # noqa: E402
-
-EXACT = [f"exact_stats-rows={rows}-chunk={chunk}" for rows, chunk in ((13, 5), (13, None), (0, None))]
+EXACT = [f"exact_stats-rows={rows}-chunk={chunk}" for rows, chunk in cases.EXACT_STATS]
 
 
-def _rank(rank: int, world: int, port: int, out: str) -> None:
+def _rank(rank: int, world: int, port: int, out: str, device: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=world)
     try:
-        torch.save(cases.run_all(rank, world, dist.group.WORLD), f"{out}/{rank}.pt")
+        torch.save(cases.run_all(rank, world, dist.group.WORLD, device), f"{out}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def results(request, tmp_path_factory):
-    """{rank: {case: {quantity: relative error}}} of one world size."""
-    world = request.param
-    if world == 1:
-        return {0: cases.run_all(0, 1, None)}
-    out = tmp_path_factory.mktemp(f"world{world}")
+def run_world(world: int, out, device: str) -> dict[int, dict[str, dict[str, float]]]:
+    """{rank: {case: {quantity: relative error}}} of all cases on `world` ranks."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_rank, args=(world, port, str(out)), nprocs=world, join=True)
+    mp.spawn(_rank, args=(world, port, str(out), device), nprocs=world, join=True)
     return {rank: torch.load(out / f"{rank}.pt") for rank in range(world)}
+
+
+def above(errors: dict[str, float], tolerance: float) -> dict[str, float]:
+    return {what: error for what, error in errors.items() if not error <= tolerance}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def results(request, tmp_path_factory):
+    if request.param == 1:
+        return {0: cases.run_all(0, 1, None)}
+    return run_world(request.param, tmp_path_factory.mktemp("world"), "cpu")
 
 
 @pytest.mark.parametrize("name", [*cases.CASES, *EXACT])
 def test_parity(results, name):
     for rank, by_case in results.items():
-        bad = {what: error for what, error in by_case[name].items() if not error <= cases.TOLERANCE}
+        bad = above(by_case[name], cases.TOLERANCE)
         assert not bad, f"rank {rank} of {len(results)}: relative errors above {cases.TOLERANCE}: {bad}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, 2])
+def test_parity_on_gpu(world, tmp_path, monkeypatch):
+    """The same cases over NCCL on the Triton kernels, f32 without TF32 and bf16."""
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} CUDA devices, found {torch.cuda.device_count()}")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    bad = {}
+    for rank, by_case in run_world(world, tmp_path, "cuda").items():
+        for name, errors in by_case.items():
+            # kernels take logs and exponentials of f32 with hardware approximations
+            found = above(errors, cases.BF16_TOLERANCE if name.startswith("bf16") else 5 * cases.TOLERANCE)
+            if found:
+                bad[rank, name] = found
+    assert not bad, bad

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases  # noqa: E402
+import loss_cases as cases  # noqa: E402
 
 from slime.backends.megatron_utils.losses import softmax_ops, triton_ops  # noqa: E402
 from slime.backends.megatron_utils.losses.registry import LOSS_TYPES  # noqa: E402

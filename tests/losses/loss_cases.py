@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
+import loss_reference as reference
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import reference  # noqa: E402
-
-from slime.backends.megatron_utils.losses.exact_stats import exact_stats  # noqa: E402
-from slime.backends.megatron_utils.losses.registry import LOSS_TYPES, get_loss  # noqa: E402
-from slime.backends.megatron_utils.losses.types import Rows  # noqa: E402
-from slime.backends.megatron_utils.losses.vocab_parallel import reshard_vocab  # noqa: E402
+from slime.backends.megatron_utils.losses.exact_stats import exact_stats
+from slime.backends.megatron_utils.losses.registry import LOSS_TYPES, get_loss
+from slime.backends.megatron_utils.losses.types import Rows
+from slime.backends.megatron_utils.losses.vocab_parallel import reshard_vocab
 
 TOLERANCE = 1e-5
+BF16_TOLERANCE = 0.04
 H, TEACHER_H = 24, 16
 
 
@@ -83,6 +80,7 @@ def make_cases() -> list[Case]:
 
 
 CASES = {case.name: case for case in make_cases()}
+EXACT_STATS = ((13, 5), (13, None), (0, None))
 
 
 def _data(case: Case) -> dict:
@@ -150,31 +148,38 @@ def _padded(weight, rows_per_rank, world):
     return out
 
 
-def _error(got, expected) -> float:
-    if got.numel() == 0 or not bool(torch.isfinite(got).all()):
-        return 0.0 if got.numel() == 0 and expected.numel() == 0 else float("inf")
-    return float((got.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-3))
+def _error(got, expected, scale=None, norm=False) -> float:
+    """Largest difference over the largest expected entry (or `scale`); with `norm`, norms instead. inf where not finite."""
+    got, expected = got.detach().double().cpu(), expected.double().cpu()
+    if got.shape != expected.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    if got.numel() == 0:
+        return 0.0
+    size = torch.linalg.vector_norm if norm else (lambda x: x.abs().max())
+    return float(size(got - expected) / (size(expected) if scale is None else size(scale)).clamp(min=1e-3))
 
 
-def run_case(case: Case, rank: int, world: int, group) -> dict[str, float]:
-    """Relative errors of loss, gradients and statistics against the dense reference (max over elements / max)."""
-    data = _data(case)
+def run_case(case: Case, rank: int, world: int, group, device="cpu", dtype=torch.float32) -> dict[str, float]:
+    """Relative errors of loss, gradients and statistics against the dense reference.
+
+    In bf16 the reference gets the rounded inputs too, and errors are norms of differences over norms.
+    """
+    data, norm = _data(case), dtype == torch.bfloat16
+    heads = ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    data |= {name: data[name].to(dtype).float() for name in heads}
+    kind = torch.float64 if case.double else dtype
+
     per_rank = case.per_rank or -(-case.vocab // world)
     own = slice(rank * per_rank, (rank + 1) * per_rank)
-    hidden = data["hidden"].clone().requires_grad_()
-    weight = _padded(data["weight"], per_rank, world)[own].clone().requires_grad_()
-    rows = Rows(**data["rows"])
+    hidden = data["hidden"].to(device, kind, copy=True).requires_grad_()
+    weight = _padded(data["weight"], per_rank, world)[own].to(device, kind, copy=True).requires_grad_()
+    rows = Rows(**{name: None if value is None else value.to(device) for name, value in data["rows"].items()})
     if case.loss.startswith("full"):
         teacher_rows = -(-data["teacher_weight"].shape[0] // world)
         teacher = _padded(data["teacher_weight"], teacher_rows, world)[rank * teacher_rows : (rank + 1) * teacher_rows]
-        rows.teacher_weight_VH = reshard_vocab(teacher, per_rank, group)
-        rows.teacher_hidden_RH = data["teacher_hidden"]
-    factor = data["factor"]
-    if case.double:
-        hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-        factor = factor.double()
-        if case.loss.startswith("full"):
-            rows.teacher_hidden_RH, rows.teacher_weight_VH = rows.teacher_hidden_RH.double(), rows.teacher_weight_VH.double()
+        rows.teacher_weight_VH = reshard_vocab(teacher.to(device, kind), per_rank, group)
+        rows.teacher_hidden_RH = data["teacher_hidden"].to(device, kind)
+    factor = data["factor"].to(device, torch.promote_types(kind, torch.float32))
     rows.factor_R = factor if case.factor else None
     args = SimpleNamespace(
         vocab_size=case.vocab, teacher_vocab_size=case.teacher_vocab, rollout_temperature=case.temperature,
@@ -183,34 +188,36 @@ def run_case(case: Case, rank: int, world: int, group) -> dict[str, float]:
     out = get_loss(case.loss)(hidden, weight, rows, args, group)
     total = out.total if case.factor else (out.loss_R * factor).sum()
     total.backward()
-    loss, grad_hidden, grad_weight, logps = _reference(case, data, rows)
+
+    loss, grad_hidden, grad_weight, logps = _reference(case, data, Rows(**data["rows"]))
     padded = torch.zeros(per_rank * world, H, dtype=torch.float64)
     padded[: case.vocab] = grad_weight
+    weighted = loss * data["factor"]
     errors = {
-        "loss": _error(out.loss_R.detach(), loss),
-        "total": float((total.detach() - (loss * factor).sum()).abs() / (loss * factor).abs().sum().clamp(min=1e-3)),
-        "grad_hidden": _error(hidden.grad, grad_hidden) if case.rows else float(hidden.grad is None),
-        "grad_weight": _error(weight.grad, padded[own]) if per_rank else 0.0,
+        "loss": _error(out.loss_R, loss, norm=norm),
+        "total": float((total.detach().cpu() - weighted.sum()).abs() / weighted.abs().sum().clamp(min=1e-3)),
+        "grad_hidden": _error(hidden.grad, grad_hidden, norm=norm),
+        "grad_weight": _error(weight.grad, padded[own], scale=grad_weight, norm=norm),
     }
-    if grad_weight.abs().max() > 0:  # relative to the whole weight's gradient, as a shard may hold only small entries
-        errors["grad_weight"] *= float(padded[own].abs().max().clamp(min=1e-3) / grad_weight.abs().max().clamp(min=1e-3))
     if case.rows:
-        errors["entropy"] = _error(out.stats["entropy"], -(logps.exp() * logps).sum(1))
-        target_logps = logps.gather(1, rows.target_R.clamp(max=logps.shape[1] - 1)[:, None])[:, 0]
-        inside = rows.target_R < logps.shape[1]
-        errors["student_logp"] = _error(out.stats["student_logp"][inside], target_logps[inside])
+        target = data["rows"]["target_R"]
+        inside = target < logps.shape[1]
+        target_logps = logps.gather(1, target.clamp(max=logps.shape[1] - 1)[:, None])[:, 0]
+        errors["entropy"] = _error(out.stats["entropy"], -(logps.exp() * logps).sum(1), norm=norm)
+        errors["student_logp"] = _error(out.stats["student_logp"].cpu()[inside], target_logps[inside], norm=norm)
     return errors
 
 
-def run_exact_stats(rows: int, chunk: int | None, rank: int, world: int, group) -> dict[str, float]:
+def run_exact_stats(rows: int, chunk: int | None, rank: int, world: int, group, device="cpu") -> dict[str, float]:
     case = Case("full_reverse_kl", rows=rows, teacher_vocab=80, temperature=0.8)
     data = _data(case)
     per_rank, teacher_rows, k = -(-case.vocab // world), -(-80 // world), 7
     weight = _padded(data["weight"], per_rank, world)[rank * per_rank : (rank + 1) * per_rank]
     teacher = _padded(data["teacher_weight"], teacher_rows, world)[rank * teacher_rows : (rank + 1) * teacher_rows]
     target = data["rows"]["target_R"]
-    out = exact_stats(data["hidden"], weight, data["teacher_hidden"], reshard_vocab(teacher, per_rank, group), k=k,
-                      tp_group=group, vocab_size=61, teacher_vocab_size=80, temperature=0.8, target_R=target,
+    teacher = reshard_vocab(teacher.to(device), per_rank, group)
+    out = exact_stats(data["hidden"].to(device), weight.to(device), data["teacher_hidden"].to(device), teacher, k=k,
+                      tp_group=group, vocab_size=61, teacher_vocab_size=80, temperature=0.8, target_R=target.to(device),
                       chunk_rows=chunk)
     s = reference.dense_logps(data["hidden"].double(), data["weight"].double(), 61, 0.8)
     t = reference.dense_logps(data["teacher_hidden"].double(), data["teacher_weight"].double(), 61, 0.8)
@@ -222,8 +229,8 @@ def run_exact_stats(rows: int, chunk: int | None, rank: int, world: int, group) 
         "KLf": _error(out.KLf, reference.divergence("forward_kl", s, t)),
         "KLr": _error(out.KLr, reference.divergence("reverse_kl", s, t)),
         "C": _error(out.C, t.exp().gather(1, top.indices).sum(1)),
-        "student_ids": float((out.student_ids_RK != top.indices).any()),
-        "teacher_ids": float((out.teacher_ids_RK != t.topk(k, 1).indices).any()),
+        "student_ids": float((out.student_ids_RK.cpu() != top.indices).any()),
+        "teacher_ids": float((out.teacher_ids_RK.cpu() != t.topk(k, 1).indices).any()),
         "student_logps": _error(out.student_logps_RK, top.values),
         "teacher_logps": _error(out.teacher_logps_RK, t.topk(k, 1).values),
         "teacher_at_student": _error(out.teacher_at_student_RK, t.gather(1, top.indices)),
@@ -232,11 +239,13 @@ def run_exact_stats(rows: int, chunk: int | None, rank: int, world: int, group) 
     }
 
 
-def run_all(rank: int, world: int, group) -> dict[str, dict[str, float] | str]:
-    """Every case on this rank; an exception becomes its text (and is raised on no other rank, so cases stay in step)."""
-    results: dict[str, dict[str, float] | str] = {}
-    for name, case in CASES.items():
-        results[name] = run_case(case, rank, world, group)
-    for rows, chunk in ((13, 5), (13, None), (0, None)):
-        results[f"exact_stats-rows={rows}-chunk={chunk}"] = run_exact_stats(rows, chunk, rank, world, group)
+def run_all(rank: int, world: int, group, device="cpu") -> dict[str, dict[str, float]]:
+    """Every case on this rank; on a GPU also those that are not about f32 rounding in bf16."""
+    results = {name: run_case(case, rank, world, group, device) for name, case in CASES.items()}
+    for rows, chunk in EXACT_STATS:
+        results[f"exact_stats-rows={rows}-chunk={chunk}"] = run_exact_stats(rows, chunk, rank, world, group, device)
+    if device != "cpu":
+        for name, case in CASES.items():
+            if not case.double:
+                results[f"bf16-{name}"] = run_case(case, rank, world, group, device, torch.bfloat16)
     return results
