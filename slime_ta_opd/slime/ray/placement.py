@@ -6,6 +6,7 @@ On GPUs a slot is one GPU of the group. Trainer ranks come first, then the stude
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 
@@ -117,6 +118,7 @@ def start_ray(args, slots: int) -> bool:
     """True where this process started its own local Ray (and so stops it)."""
     quiet_environment()
     os.environ["PYTHONPATH"] = python_path()
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # its note that a token is used
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS")

@@ -120,13 +120,12 @@ class RolloutManager:
         from slime.rollout.sglang_rollout import generate_rollout
 
         begin = time.time()
-        place = self.source.state_dict()
         try:
             self._heal()
             with self.timer.phase("generate"):
                 groups = generate_rollout(self.args, rollout_id, self.source, self.servers.clients)
         except (ServiceError, StaleWeights) as problem:
-            self.source.load_state_dict(place)  # the same prompts again: nothing is lost or doubled
+            # what was sampled so far went back to the data source: nothing is lost or doubled
             if not isinstance(problem, StaleWeights):
                 self._heal(problem)
             raise

@@ -23,13 +23,9 @@ class ServerActor:
 
     def __init__(self, args, role: str, name: str, model: str, tp: int, port: int | None):
         from slime.backends.sglang_utils.server import SGLangServer
-        from slime.backends.sglang_utils.server_flags import server_arguments
 
         log = Path(args.output_dir).absolute() / "logs" / f"{name}.log"
-        extra = server_arguments(args, role, model, tp)
-        advertise = None if args.sglang_host == "127.0.0.1" else ray.util.get_node_ip_address()
-        self.server = SGLangServer(model, role, args.sglang_host, port, log, extra_args=extra, device=args.device,
-                                   api_key=args.sglang_api_key, advertise=advertise)  # fmt: skip
+        self.server = SGLangServer.for_run(args, role, model, tp=tp, log_file=log, port=port)
 
     def start(self) -> str:
         self.server.start()
@@ -41,8 +37,8 @@ class ServerActor:
     def alive(self) -> bool:
         return self.server.alive()
 
-    def pid(self) -> int | None:
-        return self.server.pid
+    def pids(self) -> list[int]:
+        return self.server.pids()
 
     def stop(self) -> None:
         self.server.stop()

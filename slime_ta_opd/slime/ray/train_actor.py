@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import ray
 
 from slime.utils.misc import free_port
@@ -22,6 +24,7 @@ class TrainActor:
 
     def init(self, master_addr: str, master_port: int) -> tuple[int, dict | None]:
         """Builds model and optimizer; returns the first rollout id and what the checkpoint kept beside them."""
+        warnings.filterwarnings("ignore", module="megatron")  # it names every optional package that is not installed
         from slime.backends.megatron_utils.trainer import MegatronTrainer
 
         self.trainer = MegatronTrainer(self.args, self.rank, self.world_size, self.local_rank, master_addr, master_port)

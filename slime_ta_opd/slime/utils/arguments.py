@@ -131,6 +131,7 @@ def _rollout(parser):
     g.add_argument("--over-sampling-batch-size", type=int, help="prompts sampled ahead for the dynamic filter")
     g.add_argument("--dynamic-sampling-filter-path", help="package.module.function(args, samples) -> bool")
     g.add_argument("--partial-rollout", action="store_true", help="carry unfinished responses to the next rollout")
+    g.add_argument("--mask-offpolicy-in-partial-rollout", action="store_true", help="no loss on the stale part of a carried response")
     g.add_argument("--custom-generate-function-path", help="own coroutine in the place of the sampler")
     g.add_argument("--rollout-deterministic", action="store_true", help="seed every response by rollout and sample index")
 

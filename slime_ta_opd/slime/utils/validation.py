@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import secrets
 from pathlib import Path
 
 import torch
 
+from slime.backends.sglang_utils.server import is_loopback
 from slime.rollout.data_source import PromptDataSource
 from slime.utils.arguments import SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
@@ -26,6 +28,8 @@ def validate(args: argparse.Namespace) -> argparse.Namespace:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.output_dir is None:
         args.output_dir = str(Path("outputs") / args.run_name)
+    if args.sglang_api_key is None and not is_loopback(args.sglang_host):
+        args.sglang_api_key = secrets.token_urlsafe(24)
     _models(args)
     _batches(args)
     _selection(args)
