@@ -116,6 +116,10 @@ fi
 
 site=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n%s\n' "$root" "$root/slime_ta_opd" >"$site/ta_opd_dev.pth"
+rm -f "$site/ta_opd_hooks.pth"
+if [ "$profile" = cpu ]; then  # transformers imports torchvision, whose wheel expects CUDA: mended in every process, when it is imported
+  printf 'import slime.backends.sglang_utils.cpu_support.hooks as _h; _h.install_torchvision_schema()\n' >"$site/ta_opd_hooks.pth"
+fi
 must 5/5 "check" "$py" -c 'import importlib.util as u, megatron.core, ray, ta_opd, slime, torch, transformers; assert u.find_spec("sglang")'
 if ! { printf '%s\n' "$wanted" >"$stamp.new" && mv "$stamp.new" "$stamp"; }; then die "no space left to finish $venv"; fi
 say "$profile set ready in $venv"

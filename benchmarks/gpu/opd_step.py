@@ -23,7 +23,7 @@ TOPOLOGIES = {
     "apart": ["--actor-num-gpus-per-node", "1"],
     "tp2": ["--colocate", "--teacher-colocate", "--actor-num-gpus-per-node", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
 }
-STOCK = ["--opd-profile", "released", "--opd-loss-rows", "all", "--scoring", "after", "--scoring-span", "sequence"]
+STOCK = ["--opd-profile", "released", "--opd-loss-rows", "all", "--score-after-generation", "--score-whole-sequence"]
 
 
 def command(args, out: Path) -> list[str]:
