@@ -15,7 +15,7 @@ from ta_opd.errors import DataError
 PAD_ID = -1
 _FIRST = itemgetter(0)
 _SECOND = itemgetter(1)
-_REPLY_FIELD = {"student": "output_top_logprobs", "teacher": "input_top_logprobs"}
+REPLY_FIELD = {"student": "output_top_logprobs", "teacher": "input_top_logprobs"}
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,15 @@ class TopK:
         Takes the last `length` positions; SGLang's leading null (the first input position has no prediction) is dropped before.
         Raises DataError when the field is missing or has fewer than `length` positions.
         """
-        if side not in _REPLY_FIELD:
+        if side not in REPLY_FIELD:
             raise DataError(f"side: expected 'student' or 'teacher', got {side!r}")
-        field = _REPLY_FIELD[side]
+        field = REPLY_FIELD[side]
         return cls.from_lists(last_positions(meta_info.get(field), length, field), K, dtype=dtype)
+
+    @classmethod
+    def from_arrays(cls, ids_TK: np.ndarray, logprobs_TK: np.ndarray) -> "TopK":
+        """From full rows of ids [T, K] >= 0 and finite log-probs [T, K]; takes the arrays over, and makes ids unique as `from_lists`."""
+        return _without_duplicates(ids_TK, logprobs_TK)
 
     def checked(self) -> "TopK":
         """The same rows with every promise of the class kept: padding consistent and last, ids unique, log-probs finite."""
