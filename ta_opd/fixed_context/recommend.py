@@ -85,8 +85,9 @@ def recommend(table: pd.DataFrame, config: RecommendConfig | None = None) -> Rec
             kept.append((name, ratio, selection.weights[chosen], "; ".join(selection.summary.get("warnings", ()))))
     if kept:
         honest = honest_choice(gain, [w for _, _, w, _ in kept], groups, np.random.default_rng(config.seed))
-        chosen = {f"{kept[i][0]} at {kept[i][1]:g}": share for i, share in sorted(honest.chosen.items(), key=lambda item: -item[1])[:5]}
-        best_of_many = {"gain_per_kept_token": honest.mean_gain, "vs_random": honest.vs_random, "chosen": chosen}
+        often = sorted(honest.chosen.items(), key=lambda item: -item[1])[:5]
+        picked = {f"{kept[i][0]} at {kept[i][1]:g}": share for i, share in often}
+        best_of_many = {"gain_per_kept_token": honest.mean_gain, "vs_random": honest.vs_random, "chosen": picked}
     else:
         best_of_many = {}
     kept.append((FULL, 1.0, np.ones(len(gain)), ""))
@@ -172,10 +173,11 @@ def _warnings(ranked: pd.DataFrame, overall: dict, not_run: dict) -> list[str]:
         out.append(
             f"Compatibility is saturated (5 to 95 % quantile spread {overall['c_spread']:.3g}): scores built on C rank mostly noise. Use a smaller K."
         )
-    for r in ranked[ranked["selector"] != FULL].itertuples():
-        if r.last_token_share > 0.5 or r.early_share > 0.6:
-            where = "the last token of responses" if r.last_token_share > 0.5 else "the first tenth of responses"
-            out.append(f"{r.selector} at {r.ratio:g} puts most of its budget on {where}: training on it can shift response lengths.")
+    for column, share, where in (("last_token_share", 0.5, "the last token of responses"), ("early_share", 0.6, "the first tenth of responses")):
+        there = rules[rules[column] > share]
+        if len(there):
+            named = ", ".join(f"{r.selector} at {r.ratio:g}" for r in there.itertuples())
+            out.append(f"Most of the budget falls on {where}, which can shift response lengths: {named}.")
     if not_run:
         out.append("Not judged (the table lacks what they need): " + "; ".join(f"{n}: {why}" for n, why in not_run.items()))
     return out

@@ -87,6 +87,20 @@ def choose_prompts(prompts: list[dict], config: SamplingConfig) -> list[dict]:
     return prompts[:count]
 
 
+def drop_trained(prompts: list[dict], trained: list[dict]) -> list[dict]:
+    """`prompts` without those that `trained` holds too (compared as text without outer spaces). DataError when none is left."""
+    known = {_prompt_text(p) for p in trained}
+    left = [p for p in prompts if _prompt_text(p) not in known]
+    if not left:
+        raise DataError(f"held-out prompts: all {len(prompts)} also occur among the training prompts")
+    return left
+
+
+def _prompt_text(prompt: dict) -> str:
+    text = prompt["prompt"]
+    return text.strip() if isinstance(text, str) else json.dumps(text, sort_keys=True)
+
+
 def encode_prompts(prompts: list[dict], tokenizer, config: SamplingConfig) -> list[list[int]]:
     """Token ids of each prompt. DataError when one is empty or longer than max_prompt_tokens."""
     encoded = []
