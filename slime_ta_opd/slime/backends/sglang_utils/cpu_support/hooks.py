@@ -50,18 +50,15 @@ def after_import(name: str, action: Callable) -> None:
         sys.meta_path.insert(0, _AfterImport(name, action))
 
 
-_libraries = []  # a torch.library.Library drops its schemas when it is collected
-
-
 def _define_torchvision_schema(extension) -> None:
-    if extension._has_ops():
-        return
+    if extension._has_ops() or hasattr(extension, "_schema_library"):
+        return  # this file may be loaded twice in one process: by name and, in server children, by path
     import torch
 
     library = torch.library.Library("torchvision", "DEF")
     for op in ("nms", "qnms"):
         library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)
+    extension._schema_library = library  # a torch.library.Library drops its schemas when it is collected
 
 
 def install_torchvision_schema() -> None:
