@@ -1,0 +1,301 @@
+"""Runs and suites as tables: finds run directories and reads what each of them wrote.
+
+A run directory holds metrics.jsonl and, where they exist, eval.jsonl, config.yaml, DONE, token_bank/ and
+fixed_context_metrics.parquet. A suite is a directory of run directories, or one with a suite_summary.csv that names them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pandas as pd
+import yaml
+
+from ta_opd.errors import DataError
+from ta_opd.fixed_context.tables import read_meta, read_table
+from ta_opd.token_bank.reader import bank_files
+from ta_opd.token_bank.reader import read_table as read_bank_file
+
+MASK_LABELS = {
+    "full": "Full OPD", "dlearn_high": "Teachability (TA-OPD)", "entropy": "Entropy", "random": "Random", "divergence": "Divergence",
+    "ca_softor": "Teachability + entropy", "split_budget_ca": "Teachability / entropy split", "tip": "TIP-style",
+    "compatibility": "Compatibility", "q3": "Q3", "q3_highc": "Q3, high C", "q3_lowc": "Q3, low C", "dincompat_high": "Incompatible",
+}  # fmt: skip
+BANK_COLUMNS = (
+    "rollout_id", "sample_index", "sample_ordinal", "tok_pos", "pos_norm", "resp_len", "prompt_len", "truncated", "token_id",
+    "sampled_reverse_kl", "Hs_topk", "Ht_topk", "Hs_topk_norm", "KLf_union", "Cmass", "H_norm", "D_norm", "C_norm", "Dlearn",
+    "quadrant", "loss_mask_original", "budget_keep", "budget_score",
+)  # fmt: skip
+TOPK_COLUMNS = ("student_top_ids", "student_top_logps", "teacher_top_ids", "teacher_top_logps")
+FIXED_CONTEXT_FILE = "fixed_context_metrics.parquet"
+
+
+@dataclass(frozen=True)
+class ArmKey:
+    """What runs of different seeds share: the mask and the budget asked for."""
+
+    mask: str
+    ratio: float
+
+    @property
+    def label(self) -> str:
+        name = MASK_LABELS.get(self.mask, self.mask)
+        return name if self.mask == "full" else f"{name} {100 * self.ratio:.3g} %"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.mask}_{f'{self.ratio:.4f}'.rstrip('0').replace('.', 'p')}"
+
+
+@dataclass
+class Run:
+    """One training run. metrics: one row a rollout, columns as in metrics.jsonl; evals: lines of eval.jsonl;
+    contexts: the scored frozen contexts joined with those before training, or None."""
+
+    name: str
+    directory: Path
+    key: ArmKey
+    seed: str
+    config: dict[str, Any]
+    metrics: pd.DataFrame
+    evals: list[dict[str, Any]]
+    done: dict[str, Any]
+    bank_dir: Path | None
+    contexts: pd.DataFrame | None
+    contexts_meta: dict[str, Any] = field(default_factory=dict)
+
+    def column(self, *names: str) -> np.ndarray:
+        """[rollouts] float64: the first of `names` that the run logged, NaN where it did not."""
+        for name in names:
+            if name in self.metrics:
+                return pd.to_numeric(self.metrics[name], errors="coerce").to_numpy(float)
+        return np.full(len(self.metrics), np.nan)
+
+
+@dataclass
+class Suite:
+    """The runs of one report, arms in the order in which they were planned. notes: what could not be read."""
+
+    directory: Path
+    title: str
+    runs: list[Run]
+    notes: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    topn: pd.DataFrame | None = None
+    bank_prompts: pd.DataFrame | None = None
+
+    @property
+    def arms(self) -> dict[ArmKey, list[Run]]:
+        grouped: dict[ArmKey, list[Run]] = {}
+        for run in self.runs:
+            grouped.setdefault(run.key, []).append(run)
+        return grouped
+
+
+def load(directory: str | Path, title: str | None = None) -> Suite:
+    """The suite (or single run) at `directory`. Raises DataError when no run is in it, or a run's own files are unreadable."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"report: expected the directory of a run or a suite, got {str(directory)!r}, which is none")
+    notes: list[str] = []
+    facts = _json(directory / "suite.json")
+    found = find_runs(directory)
+    runs = [run for path, contexts in found if (run := read_run(path, contexts, notes)) is not None]
+    if not runs:
+        raise DataError(
+            f"report: no run with a metrics.jsonl in {directory}; expected a run directory, a directory of runs, or a suite with a "
+            "suite_summary.csv"
+        )
+    order = {name: i for i, name in enumerate(facts.get("runs", []))}
+    runs.sort(key=lambda run: order.get(run.name, len(order)))
+    suite = Suite(directory, title or facts.get("title") or directory.resolve().name, runs, notes, facts)
+    for candidate in sorted(directory.rglob("matched_fixed_context_topn.csv"))[:1]:
+        suite.topn = pd.read_csv(candidate)
+    bank = next((p for p in (directory / "context_bank.parquet", directory / "baseline" / "context_bank.parquet") if p.is_file()), None)
+    if bank is not None:
+        suite.bank_prompts = read_table(bank)
+    return suite
+
+
+def find_runs(directory: Path) -> list[tuple[Path, Path | None]]:
+    """(run directory, directory that may hold its fixed-context table) of every run, in order."""
+    if (directory / "metrics.jsonl").is_file():
+        return [(directory, None)]
+    summary = directory / "suite_summary.csv"
+    if summary.is_file():
+        table = pd.read_csv(summary)
+        if {"run_dir", "mask", "budget_asked", "seed_label"} <= set(table):
+            from ta_opd.suite.methods import budget_tag
+
+            rows = table.itertuples(index=False)
+            return [
+                (_near(Path(row.run_dir), directory), directory / f"{row.mask}_{budget_tag(row.budget_asked)}_{row.seed_label}")
+                for row in rows
+            ]
+    children = sorted(p.parent for p in [*directory.glob("*/metrics.jsonl"), *directory.glob("runs/*/metrics.jsonl")])
+    return [(child, None) for child in children]
+
+
+def _near(path: Path, suite: Path) -> Path:
+    """A run directory as written, or where it lies when the suite's parent directory was moved."""
+    moved = suite.parent / path.name
+    return path if path.is_dir() or not moved.is_dir() else moved
+
+
+def read_run(directory: Path, contexts_dir: Path | None, notes: list[str]) -> Run | None:
+    """One run, or None (with a note) when it has no metrics. What is optional and unreadable becomes a note."""
+    lines = json_lines(directory / "metrics.jsonl")
+    if not lines:
+        notes.append(f"{directory.name}: no line in metrics.jsonl, left out")
+        return None
+    metrics = pd.DataFrame(lines).drop_duplicates("rollout_id", keep="last").sort_values("rollout_id").reset_index(drop=True)
+    config = _yaml(directory / "config.yaml")
+    bank_dir = directory / "token_bank"
+    if config.get("opd_token_bank_dir") and not bank_dir.is_dir():
+        bank_dir = Path(config["opd_token_bank_dir"])
+    bank_config = _json(bank_dir / "config.json") if bank_dir.is_dir() else {}
+    mask = config.get("opd_budget_mask") or bank_config.get("opd_budget_mask") or "full"
+    ratio = float(config.get("opd_budget_ratio") or bank_config.get("opd_budget_ratio") or 1.0)
+    key = ArmKey("full", 1.0) if mask in ("none", "full") or ratio >= 1 else ArmKey(_canonical(mask), ratio)
+    seed = "/".join(str(config[k]) for k in ("seed", "rollout_seed", "opd_budget_mask_seed") if config.get(k) is not None)
+    contexts, meta = None, {}
+    for place in (directory, contexts_dir):
+        if place is not None and (place / FIXED_CONTEXT_FILE).is_file():
+            try:
+                contexts, meta = read_table(place / FIXED_CONTEXT_FILE), read_meta(place / FIXED_CONTEXT_FILE)
+            except DataError as error:
+                notes.append(f"{directory.name}: {error}")
+            break
+    if contexts is not None and "KLf_full_base" not in contexts:
+        notes.append(f"{directory.name}: {FIXED_CONTEXT_FILE} has no before-training columns (KLf_full_base), left out")
+        contexts = None
+    return Run(
+        directory.name, directory, key, seed, config, metrics, json_lines(directory / "eval.jsonl"), _json(directory / "DONE"),
+        bank_dir if bank_dir.is_dir() else None, contexts, meta,
+    )  # fmt: skip
+
+
+def _canonical(mask: str) -> str:
+    from ta_opd.selection import METHOD_ALIASES
+
+    return METHOD_ALIASES.get(mask, mask)
+
+
+@dataclass(frozen=True)
+class BankSample:
+    """Rows of some rollouts of a token bank. rollouts: their ids; of: how many the bank has."""
+
+    table: pd.DataFrame
+    rollouts: tuple[int, ...]
+    of: int
+
+    @property
+    def caption(self) -> str:
+        what = "all" if len(self.rollouts) == self.of else f"{len(self.rollouts)} of"
+        return f"{what} {self.of} rollouts, {len(self.table):,} tokens"
+
+
+def sample_bank(
+    run: Run, *, max_rollouts: int, max_rows: int, notes: list[str], columns: Sequence[str] = BANK_COLUMNS
+) -> BankSample | None:
+    """Evenly spaced rollouts (first and last included) of a run's bank, whole files, at most about `max_rows` rows; None without a bank."""
+    if run.bank_dir is None:
+        return None
+    files = bank_files(run.bank_dir)
+    if not files:
+        return None
+    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, min(max_rollouts, len(files))).round().astype(int))]
+    parts, rows = [], 0
+    for path in _alternating(chosen):
+        try:
+            part = read_bank_file(path, columns).to_pandas()
+        except DataError as error:
+            notes.append(f"{run.name}: {error}")
+            continue
+        if parts and rows + len(part) > max_rows:
+            break
+        parts.append(part)
+        rows += len(part)
+    if not parts:
+        return None
+    table = pd.concat(parts, ignore_index=True).sort_values(["rollout_id", "sample_ordinal", "tok_pos"], kind="stable")
+    return BankSample(table.reset_index(drop=True), tuple(int(r) for r in np.unique(table["rollout_id"])), len(files))
+
+
+def _alternating(items: list) -> list:
+    """First, last, then towards the middle, so that a cut by size keeps both ends of a run."""
+    order, low, high = [], 0, len(items) - 1
+    while low <= high:
+        order.append(items[low])
+        if high != low:
+            order.append(items[high])
+        low, high = low + 1, high - 1
+    return order
+
+
+def eval_at(run: Run, which: str) -> dict[str, Any] | None:
+    """The evaluation "before" training or the last one "after" it; the first data set where there are several."""
+    rows = [row for row in run.evals if isinstance(row.get("accuracy"), (int, float))]
+    before = [row for row in rows if row["rollout_id"] < 0]
+    after = [row for row in rows if row["rollout_id"] >= 0]
+    chosen = before if which == "before" else after
+    if not chosen:
+        return None
+    dataset = rows[0].get("dataset")
+    same = [row for row in chosen if row.get("dataset") == dataset]
+    return max(same, key=lambda row: row["rollout_id"]) if same else None
+
+
+def per_prompt(evaluation: dict[str, Any] | None) -> pd.Series | None:
+    """Accuracy by prompt row, or None when the evaluation kept none."""
+    if not evaluation or not evaluation.get("per_prompt"):
+        return None
+    rows = evaluation["per_prompt"]
+    index = [row["row"] if row.get("row") is not None else i for i, row in enumerate(rows)]
+    return pd.Series([float(row["accuracy"]) for row in rows], index=index).groupby(level=0).mean()
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a line cut off by a crash is left out, a missing file has none."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not valid YAML ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def finite_mean(values) -> float:
+    """Mean of the finite values, NaN without any."""
+    array = np.asarray(list(values), float)
+    array = array[np.isfinite(array)]
+    return float(array.mean()) if len(array) else math.nan
