@@ -11,19 +11,22 @@ slime itself is imported only inside the functions that need it. docs/porting.md
 
 import asyncio
 import copy
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.slime_patch.options import check_training, reply_dtype, resolve
-from ta_opd.slime_patch.slime.rollout.tip_compat import STUDENT_KEY, close_token_banks, process_tip_compat_metrics
+from ta_opd.slime_patch.slime.rollout import tip_compat as packaged_tip_compat
 from ta_opd.slime_patch.teacher import reply_logprobs, score_sample
 from ta_opd.topk import TopK
 
 __all__ = ["close_token_banks", "generate", "log_rollout", "post_process_rewards", "reward_func"]
 
+STUDENT_KEY = packaged_tip_compat.STUDENT_KEY
 EVALUATION_KEY = "ta_opd_evaluation"  # sample.metadata: this response is for evaluation, not for the teacher
 _ADDED = ("student_topk", "teacher_topk", "teacher_at_student_ids")
 
@@ -149,12 +152,25 @@ async def _evaluation_reward(args: Any, sample: Any, **kwargs: Any) -> Any:
     return await async_rm(plain, sample, **kwargs)
 
 
-def post_process_rewards(
-    args: Any, samples: Sequence[Any], *, process: Callable = process_tip_compat_metrics, **kwargs: Any
-) -> tuple[list[float], list[float]]:
+def tip_compat() -> ModuleType:
+    """The adapter in use: slime/rollout/tip_compat.py where it was copied into the checkout, else the one of this package."""
+    try:
+        return importlib.import_module("slime.rollout.tip_compat")
+    except ModuleNotFoundError as error:
+        if error.name not in ("slime", "slime.rollout", "slime.rollout.tip_compat"):
+            raise
+        return packaged_tip_compat
+
+
+def close_token_banks() -> None:
+    """Write everything that is queued for token banks; returns when it is on disk. At the end of the process this is done anyway."""
+    tip_compat().close_token_banks()
+
+
+def post_process_rewards(args: Any, samples: Sequence[Any], **kwargs: Any) -> tuple[list[float], list[float]]:
     """Measure, select and export the rollout batch; returns two lists of 0.0 (raw and processed rewards).
 
-    Sets `sample.teacher_log_probs` (float32 tensor [L]) and the mask (`process`: tip_compat.process_tip_compat_metrics).
+    Sets `sample.teacher_log_probs` (float32 tensor [L]) and, through `tip_compat().process_tip_compat_metrics`, the mask.
     Takes samples scored by `reward_func` as well as samples whose reward is the teacher's whole reply. Replies and top-k
     arrays are dropped afterwards. Raises ConfigError, DataError.
     """
@@ -175,7 +191,7 @@ def post_process_rewards(
                                 "pass --custom-rm-path ta_opd.slime_patch.hooks.reward_func")  # fmt: skip
         replies.append(reply)
         log_probs.append(np.asarray(values, np.float64))
-    process(args, samples, log_probs, replies)
+    tip_compat().process_tip_compat_metrics(args, samples, log_probs, replies)
     for sample, values in zip(samples, log_probs, strict=True):
         sample.teacher_log_probs = torch.from_numpy(values.astype(np.float32))
         sample.reward = 0.0

@@ -7,6 +7,7 @@ Shape suffixes: T or L response positions, K entries of the student's top-k.
 """
 
 import asyncio
+import json
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -192,12 +193,20 @@ async def _post(options: Any, session: aiohttp.ClientSession, url: str, payload:
             async with _gate(options), session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
                 content = await response.read()
             if response.status < 400:
-                return orjson.loads(content)
+                return _parse(content, url)
             problem = f"HTTP {response.status}: {content[:300].decode(errors='replace')}"
             if response.status not in _RETRIED:
                 break
         except (aiohttp.ClientError, TimeoutError) as error:
             problem = f"{type(error).__name__}: {error}"
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{url}: the reply is not JSON ({error})") from error
     raise ServiceError(f"teacher {url}: no answer after {attempt + 1} requests; the last said: {problem}. Is the server up?")
+
+
+def _parse(content: bytes, url: str) -> Any:
+    try:
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError:  # -Infinity and NaN, which some servers write, are Python's JSON only
+            return json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{url}: the reply is not JSON ({error})") from error
