@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import random
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from ta_opd.errors import ConfigError, NumericsError
 from ta_opd.fixed_context.hf import import_transformers
 
 RECIPE = 1  # raise when the code changes what is trained, so that cached models are made anew
-THREADS = 2  # fixed: the order of float sums depends on it
+THREADS = 1  # fixed: the order of float sums depends on it; the two models train side by side in two processes
 IGNORED = -100
 
 
@@ -55,7 +57,7 @@ class Training:
     batch_size: int = 64
     stop_at: float | None = None
     check_every: int = 10
-    validation: int = 200
+    validation: int = 300
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Settings:
     """Everything that decides what the two models are; its hash names the cache entry."""
 
     teacher: Training = field(default_factory=lambda: Training(seed=3))
-    student: Training = field(default_factory=lambda: Training(seed=7, steps=500, schedule=500, stop_at=0.35))
+    student: Training = field(default_factory=lambda: Training(seed=7, steps=500, schedule=500, stop_at=0.4))
     teacher_shape: Shape = field(default_factory=Shape)
     student_shape: Shape = field(default_factory=Shape)
     teacher_at_least: float = 0.9
@@ -124,10 +126,10 @@ def learning_rate(training: Training, step: int) -> float:
     return training.lr * warm * 0.5 * (1 + math.cos(math.pi * min(step / training.schedule, 1.0)))
 
 
-def train(shape: Shape, training: Training, held_back: set[str], *, label: str = "model"):
+def train(shape: Shape, training: Training, held_back: set[str], *, label: str = "model", line: int = 0):
     """A model trained by cross-entropy on fresh problems; returns (model, steps taken).
 
-    No problem whose prompt is in `held_back` is trained on. Raises NumericsError when the loss is not finite or when
+    No problem whose prompt is in `held_back` is trained on. `line`: place of the progress bar below the first. Raises NumericsError when the loss is not finite or when
     `stop_at` is not reached within `steps`.
     """
     import torch
@@ -137,7 +139,7 @@ def train(shape: Shape, training: Training, held_back: set[str], *, label: str =
     model = make_model(shape, training.seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, 0.98), weight_decay=0.01)
     validation = [p for p in make_problems(1, training.validation, seed=-1 - training.seed)[1] if p.prompt not in held_back]
-    bar = tqdm(range(training.steps), desc=label, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(training.steps), desc=label, unit="step", dynamic_ncols=True, position=line)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
@@ -199,33 +201,37 @@ def tiny_models(cache: Path, heldout: Sequence[Problem], settings: Settings | No
             shutil.rmtree(home, ignore_errors=True)
             Path(partial).rename(home)
             Path(partial).mkdir()  # so that the temporary directory can be removed
+        home.chmod(0o755)
     summary = json.loads(summary_file.read_text())
     return TinyModels(home / "teacher", home / "student", summary["teacher_accuracy"], summary["student_accuracy"], cached)
 
 
 def _make(home: Path, heldout: Sequence[Problem], settings: Settings) -> None:
+    roles = (("teacher", settings.teacher_shape, settings.teacher), ("student", settings.student_shape, settings.student))
+    with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_make_one, home / role, shape, training, list(heldout), role, i) for i, (role, shape, training) in enumerate(roles)]
+        results = {role: job.result() for (role, _, _), job in zip(roles, jobs, strict=True)}
+    summary: dict[str, object] = {"recipe": RECIPE, "settings": asdict(settings)}
+    for role, (accuracy, steps, parameters) in results.items():
+        print(f"{role}: {parameters:,} parameters, {steps} steps, solves {accuracy:.1%} of {len(heldout)} held-out problems")
+        summary |= {f"{role}_accuracy": accuracy, f"{role}_steps": steps}
+    low, high = settings.student_between
+    if results["teacher"][0] < settings.teacher_at_least:
+        raise NumericsError(f"teacher: expected at least {settings.teacher_at_least:.0%} solved, got {results['teacher'][0]:.1%}")
+    if not low <= results["student"][0] <= high:
+        raise NumericsError(f"student: expected {low:.0%} to {high:.0%} solved, got {results['student'][0]:.1%}")
+    (home / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _make_one(home: Path, shape: Shape, training: Training, heldout: list[Problem], label: str, line: int) -> tuple[float, int, int]:
+    """Trains and saves one model in a process of its own; returns (held-out accuracy, steps, parameters)."""
     import torch
 
-    held_back, tokenizer = {problem.prompt for problem in heldout}, build_tokenizer()
-    before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    summary: dict[str, object] = {"recipe": RECIPE, "settings": asdict(settings)}
-    try:
-        for role, shape, training in (
-            ("teacher", settings.teacher_shape, settings.teacher),
-            ("student", settings.student_shape, settings.student),
-        ):
-            model, steps = train(shape, training, held_back, label=role)
-            accuracy = float(decoding.solved(model, tokenizer, heldout).mean())
-            print(f"{role}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps, solves {accuracy:.1%} of {len(heldout)}")
-            summary |= {f"{role}_accuracy": accuracy, f"{role}_steps": steps}
-            model.save_pretrained(str(home / role))
-            tokenizer.save_pretrained(str(home / role))
-    finally:
-        torch.set_num_threads(before)
-    low, high = settings.student_between
-    if summary["teacher_accuracy"] < settings.teacher_at_least:
-        raise NumericsError(f"teacher: expected at least {settings.teacher_at_least:.0%} solved, got {summary['teacher_accuracy']:.1%}")
-    if not low <= summary["student_accuracy"] <= high:
-        raise NumericsError(f"student: expected {low:.0%} to {high:.0%} solved, got {summary['student_accuracy']:.1%}")
-    (home / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    tokenizer = build_tokenizer()
+    import_transformers().utils.logging.disable_progress_bar()
+    model, steps = train(shape, training, {problem.prompt for problem in heldout}, label=label, line=line)
+    model.save_pretrained(str(home))
+    tokenizer.save_pretrained(str(home))
+    accuracy = float(decoding.solved(model, tokenizer, heldout).mean())
+    return accuracy, steps, sum(p.numel() for p in model.parameters())
