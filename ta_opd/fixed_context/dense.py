@@ -74,7 +74,7 @@ def topk_metrics(rows: dict, K: int, target_R) -> dict:
     t_at_s, s_at_t = rows["teacher_at_student"][:, :K], rows["student_at_teacher"][:, :K]
     same = ids_s[:, :, None] == ids_t[:, None, :]
     s_shared, t_shared = same.any(2), same.any(1)
-    num_both = s_shared.sum(1)
+    num_both = s_shared.sum(1).double()
     out = {
         "Cmass_true": t_at_s.exp().sum(1).clamp(max=1),
         "Cmass_topk": (t_at_s.exp() * s_shared).sum(1).clamp(max=1),

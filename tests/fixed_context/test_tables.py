@@ -1,0 +1,43 @@
+import pandas as pd
+import pytest
+
+from ta_opd.errors import DataError
+from ta_opd.fixed_context.tables import read_meta, read_table, to_markdown, write_table
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_round_trip_with_record(tmp_path, suffix):
+    frame = pd.DataFrame({"a": [1, 2], "b": [0.5, None], "c": ["x", "[1, 2]"]})
+    path = write_table(tmp_path / f"t{suffix}", frame, {"topk": [16, 8]})
+    back = read_table(path)
+    assert back["a"].tolist() == [1, 2] and back["c"].tolist() == ["x", "[1, 2]"] and back["b"].isna().tolist() == [False, True]
+    assert read_meta(path) == {"topk": [16, 8]}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_parquet_file_cut_off(tmp_path):
+    path = write_table(tmp_path / "t.parquet", pd.DataFrame({"a": range(1000)}))
+    path.write_bytes(path.read_bytes()[:-100])
+    for read in (read_table, read_meta):
+        with pytest.raises(DataError, match="cut off"):
+            read(path)
+
+
+@pytest.mark.parametrize("name, content, message", [("t.txt", "x", "name ending in"), ("t.csv", "a,b\n", "got none"), ("t.jsonl", "{", "cannot be read")])
+def test_unreadable(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / name)
+
+
+def test_missing_file_and_missing_column(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_table(tmp_path / "absent.parquet")
+    write_table(tmp_path / "t.csv", pd.DataFrame({"a": [1]}))
+    with pytest.raises(DataError, match="expected columns b"):
+        read_table(tmp_path / "t.csv", ["a", "b"])
+
+
+def test_markdown_escapes_and_leaves_nan_empty():
+    text = to_markdown(pd.DataFrame({"name": ["a|b"], "x": [float("nan")], "y": [0.123456]}))
+    assert text.splitlines()[2] == "| a\\|b |  | 0.1235 |"
