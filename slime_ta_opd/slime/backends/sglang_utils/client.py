@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -216,15 +218,17 @@ class SGLangClient(Controls):
             raise ConfigError(f"{self.name} at {replica.url} refuses the API key (HTTP {reply.status}); see --sglang-api-key")
         if reply.status >= 400:
             raise DataError(f"{self.name} at {replica.url} refuses the request: {_message(raw)}")
-        began = time.perf_counter()
         try:
-            result = await asyncio.to_thread(parse, raw) if len(raw) > _PARSE_IN_THREAD else parse(raw)
+            if len(raw) > _PARSE_IN_THREAD:
+                result, parse_seconds = await asyncio.to_thread(_timed, parse, raw)
+            else:
+                result, parse_seconds = _timed(parse, raw)
         except DataError as error:
             raise _BadAnswer(str(error)) from error
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise _BadAnswer(f"malformed reply ({type(error).__name__}: {error})") from error
         if hasattr(result, "url"):
-            result.url, result.parse_seconds = replica.url, time.perf_counter() - began
+            result.url, result.parse_seconds = replica.url, parse_seconds
         if self.weight_version is not None and isinstance(result, wire.GenerateReply):
             if result.weight_version != self.weight_version:
                 raise StaleWeights(
@@ -337,6 +341,38 @@ class _BadAnswer(DataError):
 
 
 _background: set[asyncio.Task] = set()
+
+
+class _WithoutCollector:
+    """Keeps the cyclic garbage collector off while replies are parsed: their many short-lived lists would set it off again and
+    again, each time over all of torch's objects, and none of them is ever part of a cycle."""
+
+    def __init__(self):
+        self._lock, self._depth, self._was_on = threading.Lock(), 0, False
+
+    def __enter__(self):
+        with self._lock:
+            if self._depth == 0:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._depth += 1
+
+    def __exit__(self, *exc):
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0 and self._was_on:
+                gc.enable()
+
+
+_without_collector = _WithoutCollector()
+
+
+def _timed(parse: Callable[[bytes], T], raw: bytes) -> tuple[T, float]:
+    """The parsed reply and the processor seconds it took."""
+    began = time.thread_time()
+    with _without_collector:
+        result = parse(raw)
+    return result, time.thread_time() - began
 
 
 def _describe(error: BaseException) -> str:

@@ -51,7 +51,8 @@ class Controls:
             raise ServiceError(f"{self.name}: expected weight version {version!r} everywhere after the sync, got {wrong}")
 
     async def flush_cache(self) -> None:
-        await self.call_all("/flush_cache", {}, timeout=60)
+        """Forgets cached prefixes, waiting until the last request has left the scheduler."""
+        await self.call_all("/flush_cache?timeout=60", {}, timeout=90)
 
     async def pause(self, mode: str = "abort") -> None:
         """mode "abort" ends running requests with what they have; "retract" and "in_place" hold them until `resume`."""
@@ -72,6 +73,8 @@ class Controls:
         await self.call_all("/resume_memory_occupation", {"tags": list(tags)} if tags else {}, timeout=120)
 
     # ------------------------------------------------------------------ weights
+    # With flush_cache true SGLang ends itself where the cache cannot be flushed at once: while requests are paused, and for a
+    # moment after the last reply. So all of these ask for flush_cache false; call `flush_cache` after the last of them.
 
     async def _weights_call(self, url: str, path: str, body: dict) -> None:
         reply = await self.call(url, path, body)
@@ -93,12 +96,12 @@ class Controls:
         await self._weights_call(url, "/destroy_weights_update_group", {"group_name": group_name})
 
     async def update_weights_from_distributed(
-        self, url: str, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group_name: str, flush_cache: bool,
+        self, url: str, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group_name: str,
         weight_version: str | None = None, load_format: str | None = None,
     ) -> None:  # fmt: skip
-        """Has one replica receive one bucket over the group. Never call it while requests are paused with flush_cache true."""
+        """Has one replica receive one bucket over the group."""
         body = {
-            "names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group_name, "flush_cache": flush_cache,
+            "names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group_name, "flush_cache": False,
             "load_format": load_format,
         }  # fmt: skip
         if weight_version is not None:
@@ -106,15 +109,16 @@ class Controls:
         await self._weights_call(url, "/update_weights_from_distributed", body)
 
     async def update_weights_from_tensor(
-        self, url: str, *, serialized: list[str], flush_cache: bool, weight_version: str | None = None, load_format: str | None = None
+        self, url: str, *, serialized: list[str], weight_version: str | None = None, load_format: str | None = None
     ) -> None:
         """Hands one replica one bucket as serialized tensors (base64), one entry a tensor-parallel rank."""
-        body = {"serialized_named_tensors": serialized, "flush_cache": flush_cache, "load_format": load_format}
+        body = {"serialized_named_tensors": serialized, "flush_cache": False, "load_format": load_format}
         if weight_version is not None:
             body["weight_version"] = weight_version
         await self._weights_call(url, "/update_weights_from_tensor", body)
 
-    async def update_weights_from_disk(self, model_path: str, weight_version: str, *, flush_cache: bool = True) -> None:
-        """Has every replica load an HF directory."""
-        body = {"model_path": model_path, "weight_version": weight_version, "flush_cache": flush_cache}
+    async def update_weights_from_disk(self, model_path: str, weight_version: str) -> None:
+        """Has every replica load an HF directory and forget cached prefixes."""
+        body = {"model_path": model_path, "weight_version": weight_version, "flush_cache": False}
         await asyncio.gather(*(self._weights_call(url, "/update_weights_from_disk", body) for url in self.urls))
+        await self.flush_cache()

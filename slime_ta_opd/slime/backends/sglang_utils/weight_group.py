@@ -59,7 +59,7 @@ class WeightGroup:
             invited.cancel()
             raise ServiceError(f"weight sync: the engines did not join within {timeout:.0f} s: {error}") from error
 
-    def send(self, bucket: Bucket, version: str | None, flush: bool) -> None:
+    def send(self, bucket: Bucket, version: str | None) -> None:
         """Broadcasts one bucket; ServiceError as soon as an engine refuses it or dies."""
 
         async def announce():
@@ -67,7 +67,7 @@ class WeightGroup:
                 *(
                     self.client.update_weights_from_distributed(
                         url, names=bucket.names, dtypes=bucket.dtypes, shapes=bucket.shapes, group_name=self.name,
-                        flush_cache=flush, weight_version=version, load_format="flattened_bucket",
+                        weight_version=version, load_format="flattened_bucket",
                     )
                     for url in self.client.urls
                 )

@@ -1,8 +1,8 @@
 """Sends the trainer's weights to the student's engines, bucket by bucket in HF names, and checks that they arrived.
 
 Ways: "ipc" hands CUDA memory over to engines on the same GPUs; "distributed" broadcasts over a process group of the source
-and all engines (NCCL, or gloo on CPU); "disk" writes an HF directory that the engines load. Engines must have no request
-running and must not be paused: SGLang ends itself when its cache cannot be flushed after an update.
+and all engines (NCCL, or gloo on CPU); "disk" writes an HF directory that the engines load. No request should be running: one
+that is would be answered before the update goes through.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class WeightSender:
         else:
             size = self._send_disk(buckets, version)
         if self.is_source:
+            if self.way != "disk":
+                loop.run(self.client.flush_cache())
             loop.run(self.client.check_weight_version(version))
         return {"seconds": time.monotonic() - begin, "bytes": float(size)}
 
@@ -97,7 +99,7 @@ class WeightSender:
             for bucket, last in _with_last(_filled(buckets)):
                 flat = flatten(bucket, self.device)
                 size += flat.tensor.numel()
-                self.group.send(flat, version=version if last else None, flush=last)
+                self.group.send(flat, version if last else None)
         except BaseException:
             self.group.close()
             self.group = None
@@ -133,7 +135,7 @@ class WeightSender:
                 parts = gathered[rank : rank + tp]
             problem = None
             if rank % tp == 0 and rank // tp < len(urls):
-                problem = self._post_tensors(urls[rank // tp], parts, version if last else None, last)
+                problem = self._post_tensors(urls[rank // tp], parts, version if last else None)
             if world > 1:
                 problems: list = [None] * world
                 dist.all_gather_object(problems, problem)  # also keeps every rank's memory until all engines have read it
@@ -144,9 +146,9 @@ class WeightSender:
         torch.cuda.ipc_collect()
         return size
 
-    def _post_tensors(self, url: str, parts: list[str], version: str | None, last: bool) -> str | None:
+    def _post_tensors(self, url: str, parts: list[str], version: str | None) -> str | None:
         call = self.client.update_weights_from_tensor(
-            url, serialized=parts, flush_cache=last, weight_version=version, load_format="flattened_bucket"
+            url, serialized=parts, weight_version=version, load_format="flattened_bucket"
         )
         try:
             loop.run(call)

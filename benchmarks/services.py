@@ -1,0 +1,354 @@
+#!/usr/bin/env python
+"""Services against real servers: sampling, scoring, exact-support designs, overlap, memory a token, weight sync.
+
+    python benchmarks/services.py                                  # CPU, tiny models made on the spot
+    python benchmarks/services.py --device cuda                    # one GPU: Qwen3-1.7B student, 4B teacher, random weights
+    python benchmarks/services.py --device cuda --parts sync --sync-gpus 0,1     # sync to an engine on another GPU
+
+Prints one table a part. Random weights: times and bytes are real, texts are noise. Shape of the work on a GPU: 64 prompts of
+256 tokens, 512 sampled tokens each (--prompts, --prompt-len, --response-len).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "slime_ta_opd")]
+
+from slime.backends.sglang_utils import loop  # noqa: E402
+from slime.backends.sglang_utils.client import Clients  # noqa: E402
+from slime.backends.sglang_utils.server import SGLangServer  # noqa: E402
+from slime.rollout.data_source import PromptDataSource  # noqa: E402
+from slime.rollout.sglang_rollout import generate_rollout  # noqa: E402
+from ta_opd.slime_patch.teacher import exact_windows, merge_known  # noqa: E402
+
+SHAPES = {
+    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 head_dim=32, vocab_size=4096),
+    "1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+                 head_dim=128, vocab_size=151936),
+    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+               head_dim=128, vocab_size=151936),
+}  # fmt: skip
+PARTS = ("generate", "score", "exact", "overlap", "sync")
+
+
+def main() -> None:
+    o = options()
+    with tempfile.TemporaryDirectory(prefix="services-") as folder:
+        bench = Bench(o, Path(folder))
+        try:
+            bench.start()
+            for part in o.parts:
+                getattr(bench, part)()
+        finally:
+            bench.stop()
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    p.add_argument("--prompts", type=int)
+    p.add_argument("--prompt-len", type=int)
+    p.add_argument("--response-len", type=int)
+    p.add_argument("--ks", type=int, nargs="+", default=[0, 16, 64])
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--sync-gpus", default="0", help="GPUs of trainer and engine, e.g. 0 (colocated) or 0,1 (apart)")
+    p.add_argument("--json", help="also write the rows here")
+    o = p.parse_args()
+    small = o.device == "cpu"
+    o.prompts = o.prompts or (16 if small else 64)
+    o.prompt_len = o.prompt_len or (32 if small else 256)
+    o.response_len = o.response_len or (64 if small else 512)
+    return o
+
+
+class Bench:
+    def __init__(self, o, folder: Path):
+        self.o, self.folder = o, folder
+        self.rng = np.random.default_rng(0)
+        self.rows: list[dict] = []
+        self.servers: list[SGLangServer] = []
+        cuda = o.device == "cuda"
+        self.names = ("1.7B", "4B") if cuda else ("tiny", "tiny")
+        self.args = argparse.Namespace(
+            device=o.device, sglang_dtype="bfloat16" if cuda else "float32", rollout_max_context_len=o.prompt_len + o.response_len,
+            rollout_max_response_len=o.response_len, rollout_temperature=1.0, rollout_top_p=1.0, rollout_top_k=-1, rollout_seed=1,
+            sglang_server_concurrency=256, teacher_concurrency=64, request_timeout=600, request_retries=3, sglang_api_key=None,
+            teacher_timeout=60, opd_topk_metrics_k=16, opd_exact_cmass=False, rollout_batch_size=o.prompts, n_samples_per_prompt=1,
+            input_key="prompt", label_key=None, apply_chat_template=False, sglang_mem_fraction_static=0.25,
+            teacher_mem_fraction_static=0.5, sglang_cuda_graph_max_bs=64, teacher_cuda_graph_max_bs=64, opd_type="sglang",
+            weight_sync="auto", output_dir=str(folder / "out"), sglang_host="127.0.0.1",
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ set-up
+
+    def start(self) -> None:
+        args = self.args
+        apart = "," in self.o.sync_gpus and self.o.parts == ["sync"]
+        gpus = self.o.sync_gpus.split(",")
+        args.hf_checkpoint = str(self._model(self.names[0], "student", 0))
+        teacher = str(self._model(self.names[1], "teacher", 1))
+        args.student_config = json.loads(Path(args.hf_checkpoint, "config.json").read_text())
+        args.sglang_passthrough = ["--load-format", "dummy"] if self.o.device == "cuda" else []
+        roles = [("student", args.hf_checkpoint)] + ([] if self.o.parts == ["sync"] else [("teacher", teacher)])
+        for role, path in roles:
+            env = {"CUDA_VISIBLE_DEVICES": gpus[1] if apart else gpus[0]} if self.o.device == "cuda" else {"OMP_NUM_THREADS": "1"}
+            log = Path(os.environ.get("OUT", tempfile.gettempdir())) / f"services-{role}.log"
+            self.servers.append(SGLangServer.for_run(args, role, path, log_file=log, device_env=env))
+        begin = time.time()
+        for server in self.servers:  # one after another: the first compiles kernels that the second finds
+            server.start().wait_ready(900)
+        print(f"servers ready after {time.time() - begin:.0f} s")
+        urls = [s.url for s in self.servers]
+        self.clients = Clients.connect(args, urls[:1], {"default": urls[1:]} if urls[1:] else {})
+        vocab = args.student_config["vocab_size"]
+        self.prompts = [self.rng.integers(300, vocab, self.o.prompt_len).tolist() for _ in range(self.o.prompts)]
+        self.responses: list[list[int]] = []
+
+    def _model(self, shape: str, name: str, seed: int) -> Path:
+        from tests.sglang_utils.tiny import make_tokenizer
+
+        folder = self.folder / name
+        folder.mkdir()
+        config = dict(
+            architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_act="silu", max_position_embeddings=4096, rms_norm_eps=1e-6,
+            rope_theta=1e6, tie_word_embeddings=True, attention_bias=False, attention_dropout=0.0, use_cache=True,
+            torch_dtype=self.args.sglang_dtype, initializer_range=0.02, **SHAPES[shape],
+        )  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config))
+        make_tokenizer().save_pretrained(folder)
+        if shape == "tiny":
+            self._tiny_weights(folder, seed)
+        return folder
+
+    def _tiny_weights(self, folder: Path, seed: int) -> None:
+        """Student and teacher near each other (the teacher is the student and some noise), so that their top-k overlap."""
+        import torch
+
+        from slime.backends.sglang_utils.cpu_support import install_torchvision_schema
+
+        install_torchvision_schema()
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(**{**json.loads((folder / "config.json").read_text()), "initializer_range": 0.15})).float()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * seed * torch.randn_like(p))
+        model.save_pretrained(folder)
+
+    def stop(self) -> None:
+        if getattr(self, "clients", None):
+            self.clients.close()
+        for server in self.servers:
+            server.stop()
+        if self.o.json:
+            Path(self.o.json).write_text(json.dumps(self.rows, indent=1))
+
+    def row(self, part: str, **values) -> None:
+        self.rows.append({"part": part, **values})
+        shown = (f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        print(f"{part:<9} " + "  ".join(shown), flush=True)
+
+    # ------------------------------------------------------------------ parts
+
+    def generate(self) -> None:
+        params = {"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}
+        self._sample(params, 0)  # warm up
+        for k in self.o.ks:
+            seconds, replies = min((self._sample(params, k) for _ in range(self.o.repeats)), key=lambda x: x[0])
+            self._report("generate", k, seconds, replies)
+        self.responses = [r.output_ids for r in replies]
+
+    def _sample(self, params: dict, k: int):
+        student = self.clients.student
+
+        async def all_of_them():
+            calls = (student.generate(p, {**params, "sampling_seed": i}, k) for i, p in enumerate(self.prompts))
+            return await asyncio.gather(*calls)
+
+        return timed(all_of_them())
+
+    def _report(self, part: str, k: int, seconds: float, replies, **more) -> None:
+        tokens = self.o.prompts * self.o.response_len
+        size, parse = sum(r.reply_bytes for r in replies), sum(r.parse_seconds for r in replies)
+        self.row(part, K=k, seconds=seconds, tokens_per_second=tokens / seconds, MB=size / 1e6, bytes_per_token=size / tokens,
+                 parse_us_per_token=1e6 * parse / tokens, **more)  # fmt: skip
+
+    def _need_responses(self) -> None:
+        if not self.responses:
+            params = {"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}
+            self.responses = [r.output_ids for r in self._sample(params, 0)[1]]
+
+    def score(self) -> None:
+        """Response span only (our way) and the whole sequence (the released way), every repeat shown: the first one compiles."""
+        self._need_responses()
+        sequences = [p + r for p, r in zip(self.prompts, self.responses, strict=True)]
+        teacher = self.clients.teachers["default"]
+        for k in self.o.ks:
+            for name, length in (("response", self.o.response_len), ("whole", self.o.prompt_len + self.o.response_len - 1)):
+                runs = []
+                for _ in range(self.o.repeats):
+                    loop.run(teacher.flush_cache())
+                    seconds, replies = timed(gather([teacher.score(s, length, k) for s in sequences]))
+                    runs.append(seconds)
+                self._report("score", k, min(runs), replies, span=name, repeats="/".join(f"{s:.3f}" for s in runs))
+            runs = [timed(gather([teacher.score(s, self.o.response_len, k) for s in sequences]))[0] for _ in range(self.o.repeats)]
+            self._report("score", k, min(runs), replies, span="cached", repeats="/".join(f"{s:.3f}" for s in runs))
+
+    def exact(self) -> None:
+        """Ways to learn the teacher's log-probs at every one of the student's top-16 ids from an unmodified server."""
+        k = 16
+        params = {"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}
+        replies = self._sample(params, k)[1]
+        teacher = self.clients.teachers["default"]
+        sequences = [p + r.output_ids for p, r in zip(self.prompts, replies, strict=True)]
+        scores = timed(gather([teacher.score(s, self.o.response_len, k) for s in sequences]))[1]
+        known = [merge_known(r.topk.ids, s.topk) for r, s in zip(replies, scores, strict=True)]
+        have = float(np.mean([np.isfinite(x).mean() for x in known]))
+        print(f"exact     the teacher's own top-{k} already holds {have:.1%} of the student's ids")
+        length = self.o.response_len
+        designs = {"whole union, all ids": (length, False), "whole union, missing ids": (length, True)}
+        for w in (64, 32, 16, 8, 4):
+            if w < length:
+                designs[f"windows of {w}, missing ids"] = (w, True)
+        designs["windows of 16, all ids"] = (16, False)
+        designs["every position alone, missing ids"] = (1, True)
+        for name, (window, only_missing) in designs.items():
+            asks, entries, requests = [], 0, 0
+            for sequence, reply, known_LK in zip(sequences, replies, known, strict=True):
+                windows = exact_windows(
+                    reply.topk.ids, np.isfinite(known_LK) if only_missing else None, max_ids=10**6, window=window
+                )
+                shifted = [(b + self.o.prompt_len, e + self.o.prompt_len, ids) for b, e, ids in windows]
+                requests += len(shifted)
+                entries += sum((e - b) * len(ids) for b, e, ids in shifted)
+                if shifted:
+                    asks.append((sequence, shifted))
+            seconds = min(timed(gather([teacher.score_windows(s, w) for s, w in asks]))[0] for _ in range(self.o.repeats))
+            tokens = self.o.prompts * length
+            self.row("exact", design=name, seconds=seconds, us_per_token=1e6 * seconds / tokens, requests=requests,
+                     numbers_per_token=entries / tokens)  # fmt: skip
+
+    def overlap(self) -> None:
+        """A whole rollout: scoring starts when a sample is finished. Also bytes a token that stay in memory."""
+        import psutil
+
+        file = self.folder / "prompts.jsonl"
+        file.write_text("".join(json.dumps({"prompt": "x" * self.o.prompt_len}) + "\n" for _ in range(self.o.prompts)))
+        source = PromptDataSource(argparse.Namespace(**vars(self.args), prompt_data=str(file)), PreparedIds(self.prompts))
+        tokens = self.o.prompts * self.o.response_len
+        alone, replies = self._sample({"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}, 16)
+        last = replies[-1]
+        one = timed(self.clients.teachers["default"].score(self.prompts[-1] + last.output_ids, len(last.output_ids), 16))[0]
+        del replies, last
+        gc.collect()
+        process = psutil.Process()
+        for n in range(self.o.repeats):
+            loop.run(self.clients.teachers["default"].flush_cache())
+            before, began = process.memory_info().rss, time.perf_counter()
+            groups = generate_rollout(self.args, n, source, self.clients)
+            seconds, parts = time.perf_counter() - began, self.clients.take_seconds()
+            gc.collect()
+            kept = sum(sample_bytes(s) for g in groups for s in g) / tokens
+            grown = (process.memory_info().rss - before) / tokens
+            self.row("overlap", seconds=seconds, generation_alone=alone, last_score=one, ratio=seconds / (alone + one),
+                     not_hidden=parts["score"], bytes_per_token=kept, rss_growth_per_token=grown)  # fmt: skip
+            del groups
+
+    def sync(self) -> None:
+        import torch
+
+        from slime.backends.sglang_utils.weight_sync import WeightSender
+
+        cuda = self.o.device == "cuda"
+        apart = "," in self.o.sync_gpus
+        device = f"cuda:{self.o.sync_gpus.split(',')[0]}" if cuda else "cpu"
+        if cuda:
+            torch.cuda.set_device(device)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        named = [(n, 0.02 * torch.randn(s, dtype=dtype, device=device)) for n, s in hf_shapes(self.args.student_config)]
+        engines = {"urls": self.clients.student.urls, "api_key": None, "tp": 1, "colocated": cuda and not apart}
+        sender = WeightSender(self.args, engines, True)
+        for n in range(self.o.repeats + 1):
+            done = sender.send(iter(bucketed(named, 512 * 2**20)), n)
+            self.row("sync", way=sender.way, round=n, seconds=done["seconds"], GB=done["bytes"] / 1e9)
+        sender.close()
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def timed(coroutine):
+    begin = time.perf_counter()
+    result = loop.run(coroutine)
+    return time.perf_counter() - begin, result
+
+
+async def gather(coroutines):
+    return await asyncio.gather(*coroutines)
+
+
+class PreparedIds:
+    """Hands out prepared ids in the place of a tokenizer."""
+
+    chat_template = None
+
+    def __init__(self, prompts):
+        self.prompts = prompts
+
+    def __call__(self, texts, add_special_tokens=False):
+        return {"input_ids": self.prompts[: len(texts)]}
+
+
+def sample_bytes(sample) -> int:
+    """Bytes that one sample's per-token data hold: arrays, token list, text."""
+    size = sys.getsizeof(sample.tokens) + sys.getsizeof(sample.response)
+    for array in (sample.rollout_log_probs, sample.teacher_log_probs, sample.teacher_at_student_ids):
+        size += 0 if array is None else array.nbytes
+    for topk in (sample.student_topk, sample.teacher_topk):
+        size += 0 if topk is None else topk.ids.nbytes + topk.logprobs.nbytes
+    return size + sum(sys.getsizeof(t) for t in sample.tokens if sys.getrefcount(t) <= 4)
+
+
+def hf_shapes(c: dict) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a dense Qwen3 with tied embeddings."""
+    h, f, d = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+    q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+    out = [("model.embed_tokens.weight", (c["vocab_size"], h)), ("model.norm.weight", (h,))]
+    for i in range(c["num_hidden_layers"]):
+        layer = {
+            "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
+            "self_attn.q_norm": (d,), "self_attn.k_norm": (d,), "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h),
+            "mlp.down_proj": (h, f), "input_layernorm": (h,), "post_attention_layernorm": (h,),
+        }  # fmt: skip
+        out += [(f"model.layers.{i}.{name}.weight", shape) for name, shape in layer.items()]
+    return out
+
+
+def bucketed(named, size: int) -> list[list]:
+    buckets, room = [[]], size
+    for name, tensor in named:
+        need = tensor.numel() * tensor.element_size()
+        if buckets[-1] and need > room:
+            buckets.append([])
+            room = size
+        buckets[-1].append((name, tensor))
+        room -= need
+    return buckets
+
+
+if __name__ == "__main__":
+    main()
