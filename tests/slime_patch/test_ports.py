@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,8 +59,8 @@ def write_config(directory: Path, case: dict, **more) -> Path:
     return path
 
 
-def copy_into(stock: Path) -> None:
-    source = REPO / "ta_opd" / "slime_patch" / "slime" / "rollout"
+def copy_into(stock: Path, ta_opd_at: Path = REPO) -> None:
+    source = ta_opd_at / "ta_opd" / "slime_patch" / "slime" / "rollout"
     for name in COPIES:
         shutil.copyfile(source / name, stock / "slime" / "rollout" / name)  # as cp does: the file, not the link
 
@@ -69,7 +71,6 @@ def copy_into(stock: Path) -> None:
         ("hooks", "plain-100", "random"),
         ("copied", "plain-100", "random"),
         ("hooks", "short-106", "q3"),
-        ("copied", "nomask-112", "tip"),
     ],
 )
 def test_a_rollout_of_a_stock_checkout_keeps_what_the_released_code_keeps(tmp_path, port, name, mask):
@@ -235,6 +236,46 @@ def test_the_copied_files_import_without_this_trees_slime(tmp_path, name):
     where, loaded = done.stdout.splitlines()
     assert Path(where) == stock / "slime" / "rollout" / name
     assert set(eval(loaded)) <= {"slime.rollout", "slime.rollout.tip_compat", "slime.rollout.on_policy_distillation"}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The ta-opd distribution, built from an sdist and unpacked: what `pip install ta-opd` puts into site-packages."""
+    directory = tmp_path_factory.mktemp("dist")
+    source = directory / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        source.mkdir(exist_ok=True)
+        shutil.copyfile(REPO / name, source / name)
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(REPO / "ta_opd", source / "ta_opd", symlinks=True, ignore=ignore)
+    shutil.copytree(REPO / "slime_ta_opd" / "slime" / "rollout", source / "slime_ta_opd" / "slime" / "rollout", ignore=ignore)
+    build = "import sys, setuptools.build_meta as b; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
+    subprocess.run(
+        [sys.executable, "-c", build, "sdist", str(directory)], cwd=source, check=True, capture_output=True, timeout=120
+    )
+    with tarfile.open(next(directory.glob("*.tar.gz"))) as archive:
+        archive.extractall(directory / "sdist", filter="data")
+    unpacked = next((directory / "sdist").iterdir())
+    subprocess.run(
+        [sys.executable, "-c", build, "wheel", str(directory)], cwd=unpacked, check=True, capture_output=True, timeout=120
+    )
+    with zipfile.ZipFile(next(directory.glob("*.whl"))) as archive:
+        archive.extractall(directory / "site")
+    return directory / "site"
+
+
+def test_the_installed_package_alone_carries_the_copied_port(tmp_path, installed):
+    for name in COPIES:
+        shipped = installed / "ta_opd" / "slime_patch" / "slime" / "rollout" / name
+        assert shipped.is_file() and not shipped.is_symlink()
+        assert shipped.read_bytes() == (REPO / "slime_ta_opd" / "slime" / "rollout" / name).read_bytes()
+    case, stock = CASES["nomask-112"], make_stock(tmp_path / "stock")
+    copy_into(stock, installed)
+    config = write_config(tmp_path, case, opd_budget_mask="tip")
+    with Server(student_of(case)) as student, Server(teacher_of(case)) as teacher:
+        result = run_stock(stock, job_for(case, student, teacher, config, **COPIED), ta_opd_at=installed)
+    assert Path(result["ta_opd"]).is_relative_to(installed)
+    assert kept_rows([], result["rollouts"][0]["loss_masks"]) == case["kept"]["tip@0.3"]
 
 
 def test_the_port_files_exist_once_and_are_linked():
