@@ -18,6 +18,7 @@ import numpy as np
 _PAYLOAD, _KEY = (0, 1) if sys.byteorder == "little" else (1, 0)
 _PAD_KEY = np.uint32(0xFFFFFFFE)  # what (-1 << 1) becomes: sorts behind every id
 _ONE = np.uint32(1)
+_BEHIND = np.int64(1) << 40
 
 
 class RepeatedIdError(ValueError):
@@ -154,12 +155,10 @@ def _set_order(student_ids, teacher_ids, ids_BU, active_BU) -> np.ndarray:
             student, teacher = [i for i in student if i >= 0], [i for i in teacher if i >= 0]
         unions.append(list(set(student).union(teacher)))
     counts_B = np.fromiter(map(len, unions), np.int64, B)
-    union_ids = np.fromiter(chain.from_iterable(unions), np.int64, int(counts_B.sum()))
-    rows = np.repeat(np.arange(B), counts_B)
-    places = np.arange(union_ids.size) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
-    slots_BU = np.argsort(~active_BU, axis=1, kind="stable")
-    active_rows, active_slots = np.nonzero(active_BU)
-    by_id = np.argsort((active_rows << 32) | ids_BU[active_rows, active_slots], kind="stable")
-    in_union = np.argsort((rows << 32) | union_ids, kind="stable")
-    slots_BU[rows[in_union], places[in_union]] = active_slots[by_id]
+    union_ids_BU = np.full(ids_BU.shape, _BEHIND)
+    union_ids_BU[np.arange(ids_BU.shape[1]) < counts_B[:, None]] = np.fromiter(chain.from_iterable(unions), np.int64, counts_B.sum())
+    # The j-th smallest id is in slot by_id[j] here and at place in_union[j] there; what is no member is behind on both sides.
+    by_id_BU = np.argsort(np.where(active_BU, ids_BU, _BEHIND), axis=1)
+    slots_BU = np.empty_like(by_id_BU)
+    np.put_along_axis(slots_BU, np.argsort(union_ids_BU, axis=1), by_id_BU, axis=1)
     return slots_BU
