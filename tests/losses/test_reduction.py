@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from slime.backends.megatron_utils.losses.advantages import group_normalized, token_advantages, whitened
 from slime.backends.megatron_utils.losses.reduction import REDUCTIONS, row_factors
 from ta_opd.errors import ConfigError, DataError
 
@@ -66,22 +65,3 @@ def test_errors():
         row_factors("sample_mean", torch.ones(1), **COUNTS)
     with pytest.raises(DataError, match="not negative, got nan"):
         row_factors("kept_token_mean", torch.ones(1), kept_tokens=float("nan"), valid_tokens=1, num_samples=1)
-
-
-def test_grpo_advantages():
-    out = group_normalized([1.0, 0.0, 5.0, 5.0, 3.0], [7, 7, 2, 2, 9])
-    assert out == pytest.approx([0.70710678, -0.70710678, 0, 0, 0], abs=1e-5)
-    assert group_normalized([1.0, 0.0], [0, 0], scale_by_std=False).tolist() == [0.5, -0.5]
-    tokens = token_advantages("grpo", [2.0, -1.0], [np.array([1, 0, 1]), np.array([], np.int32)])
-    assert tokens[0].tolist() == [2.0, 0.0, 2.0] and tokens[1].shape == (0,)
-    with pytest.raises(DataError):
-        group_normalized([1.0], [1, 2])
-
-
-def test_reinforce_plus_plus_advantages():
-    tokens = token_advantages("reinforce_plus_plus", [4.0], [np.array([1, 1, 1, 0])], gamma=0.5)
-    assert tokens[0].tolist() == [1.0, 2.0, 4.0, 0.0]
-    white = whitened([np.array([1.0, 3.0, 9.0], np.float32), np.array([5.0], np.float32)], [np.array([1, 1, 0]), np.array([1])])
-    assert white[0].tolist() == pytest.approx([-1.2247, 0.0, 0.0], abs=1e-3) and white[1].tolist() == pytest.approx([1.2247], abs=1e-3)
-    with pytest.raises(ConfigError, match="got 'gae'"):
-        token_advantages("gae", [], [])
