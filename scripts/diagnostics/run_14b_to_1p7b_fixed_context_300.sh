@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fixed-context diagnostic: Qwen3-14B teaches Qwen3-1.7B.
+# shellcheck source=scripts/lib/run.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../lib/run.sh"
+# shellcheck source=scripts/lib/diagnostics.sh
+source "$TA_OPD_ROOT/scripts/lib/diagnostics.sh"
+
+about "Fixed-context diagnostic: Qwen3-14B teaches Qwen3-1.7B."
+preset SUMMARY_NAME diag300_summary.md
+diagnostic_run 14b_to_1p7b_diag300 14317 0.70 "$@"

@@ -1,0 +1,2 @@
+#!/usr/bin/env bash
+exec bash "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/diagnostics/run_14b_to_1p7b_fixed_context_300.sh" "$@"

@@ -1,0 +1,2 @@
+#!/usr/bin/env bash
+exec bash "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/diagnostics/run_4b_to_1p7b_heldout_fixed_context_300.sh" "$@"
