@@ -30,8 +30,8 @@ class ScoreConfig:
     proxy: which column is C: mass, set (overlap), bc (Bhattacharyya), prefix_ema. normalization: batch_quantile (q_low to q_high),
     batch_minmax, none. population: `valid` (paper eq. 11) or `all` response tokens, for quantiles and medians. softor_source: the second
     operand of ca_softor_score, `dlearn` (paper eq. 16) or `dc` (norm of the raw product D*C, as released). quadrant_cut: `median`, or
-    `rank`: the median, but where the median of H_norm equals its minimum (so that no token is below it) the lower half by rank of the raw
-    entropy is low instead. Raises ConfigError on an unknown value.
+    `rank`: the median, but where that equals the minimum (so that no token is below it) the upper half by rank of the raw value is high
+    instead. Raises ConfigError on an unknown value.
     """
 
     profile: str = "paper"
@@ -90,7 +90,7 @@ def batch_scores(metrics: dict, valid: np.ndarray, config: ScoreConfig) -> dict[
         "tip_score": soft_or(h_T, d_T),
         "ca_softor_score": soft_or(h_T, dlearn_T if config.softor_source == "dlearn" else dc_T),
         "split_ca_score": (1 - h_T) * dc_T,
-        "quadrant": _quadrants(metrics["Hs_topk_norm"], h_T, d_T, chosen, config.quadrant_cut),
+        "quadrant": _quadrants(metrics, h_T, d_T, chosen, config.quadrant_cut),
     }
     return {**metrics, **scores}
 
@@ -141,19 +141,21 @@ def quantiles(x_P: np.ndarray, which: tuple[float, ...]) -> list:
     return result
 
 
-def _quadrants(raw_h_T, h_T, d_T, chosen, cut: str) -> np.ndarray:
+def _quadrants(metrics, h_T, d_T, chosen, cut: str) -> np.ndarray:
     if h_T.size == 0 or (chosen is not None and not chosen.any()):
         return np.full(h_T.shape, 4, np.int8)
     pick = slice(None) if chosen is None else chosen
-    h_P = h_T[pick]
-    (h_median,) = quantiles(h_P, (0.5,))
-    high_h_T = h_T >= h_median
-    if cut == "rank" and h_median <= h_P.min():
-        high_h_T = _upper_half(raw_h_T, pick)
-    high_d_T = d_T >= quantiles(d_T[pick], (0.5,))[0]
-    quadrant_T = np.where(high_h_T, np.int8(2), np.int8(4))
-    quadrant_T -= high_d_T
+    high = []
+    for raw_T, norm_T in ((metrics["Hs_topk_norm"], h_T), (metrics["KLf_union"], d_T)):
+        by_rank = cut == "rank" and _median_is_minimum(norm_T[pick])
+        high.append(_upper_half(raw_T, pick) if by_rank else norm_T >= quantiles(norm_T[pick], (0.5,))[0])
+    quadrant_T = np.where(high[0], np.int8(2), np.int8(4))
+    quadrant_T -= high[1]
     return quadrant_T
+
+
+def _median_is_minimum(x_P: np.ndarray) -> bool:
+    return bool(x_P.size and quantiles(x_P, (0.5,))[0] <= x_P.min())
 
 
 def _upper_half(x_T, pick) -> np.ndarray:
@@ -168,7 +170,6 @@ def _upper_half(x_T, pick) -> np.ndarray:
     return high_T
 
 
-def entropy_median_is_degenerate(scores: dict, chosen: np.ndarray) -> bool:
-    """Whether no token of the population lies below the median of H_norm (then Q3 and Q4 are empty with a median cut)."""
-    h_P = scores["H_norm"][chosen]
-    return bool(h_P.size and quantiles(h_P, (0.5,))[0] <= h_P.min())
+def degenerate_medians(scores: dict, population: np.ndarray) -> list[str]:
+    """Which of H_norm, D_norm have a median equal to their minimum over the population (a mask): a median cut puts nobody below it."""
+    return [name for name in ("H_norm", "D_norm") if _median_is_minimum(scores[name][population])]

@@ -15,7 +15,7 @@ import numpy as np
 import ta_opd.selectors  # noqa: F401  (registers the published rules)
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.ranking import ROUNDINGS, Order, Rows, exact_ceil, reserve, response_budgets, token_budget, top_up
-from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, entropy_median_is_degenerate
+from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, degenerate_medians
 from ta_opd.selectors.registry import (
     Batch,
     Scored,
@@ -217,8 +217,8 @@ def select_tokens(
         picked = _pick(batch, rows, selector, config, warnings)
     if config.quadrant_cut == "rank" and num_valid:
         chosen = valid_T if config.population == "valid" else np.ones(T, bool)
-        if entropy_median_is_degenerate(columns, chosen):
-            warnings.append("at least half of the tokens share the lowest H_norm: quadrants use the rank of the entropy")
+        for axis in degenerate_medians(columns, chosen):
+            warnings.append(f"at least half of the tokens share the lowest {axis}: quadrants go by its rank instead of its median")
     name = config.selector_path or config.mask
     scores = {column: values for column, values in columns.items() if column not in metrics}
     scores |= {

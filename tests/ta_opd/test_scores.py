@@ -6,7 +6,7 @@ from method_cases import metrics_of, random_samples
 
 from benchmarks import selection_oracle as oracle
 from ta_opd.errors import ConfigError
-from ta_opd.scores import PROXY_COLUMN, QUADRANT_NAMES, ScoreConfig, batch_scores, entropy_median_is_degenerate, normalise
+from ta_opd.scores import PROXY_COLUMN, QUADRANT_NAMES, ScoreConfig, batch_scores, degenerate_medians, normalise
 
 pytestmark = pytest.mark.filterwarnings("error")
 K = 6
@@ -42,7 +42,7 @@ def test_scores_equal_the_plain_loop(profile, scheme, proxy):
     )  # fmt: skip
     for name in SCORES:
         np.testing.assert_array_equal(got[name], [row[name] for row in table], err_msg=name)
-    if not entropy_median_is_degenerate(got, valid):
+    if not degenerate_medians(got, valid):
         np.testing.assert_array_equal(got["quadrant"], [row["quadrant"] for row in table])
 
 
@@ -66,13 +66,13 @@ def degenerate_entropy(T=40) -> dict:
     return {**metrics, "Hs_topk_norm": np.where(entropy < 1e-8, entropy, entropy + 1)}
 
 
-def test_quadrants_by_rank_when_the_entropy_median_is_degenerate():
+def test_quadrants_by_rank_when_the_degenerate_medians():
     metrics, valid = degenerate_entropy(), np.ones(40, bool)
     metrics["Hs_topk_norm"][:30] = 0
     released = batch_scores(metrics, valid, ScoreConfig(profile="released"))
     assert not np.isin(released["quadrant"], (3, 4)).any()
     paper = batch_scores(metrics, valid, ScoreConfig(profile="paper"))
-    assert entropy_median_is_degenerate(paper, valid)
+    assert degenerate_medians(paper, valid) == ["H_norm"]
     assert np.isin(paper["quadrant"], (3, 4)).sum() == 20
     low = np.isin(paper["quadrant"], (3, 4))
     assert metrics["Hs_topk_norm"][low].max() <= metrics["Hs_topk_norm"][~low].min()
@@ -84,7 +84,7 @@ def test_rank_cut_changes_nothing_when_the_median_works():
     valid = np.ones(metrics["Cmass"].size, bool)
     by_rank = batch_scores(metrics, valid, ScoreConfig(quadrant_cut="rank"))
     by_median = batch_scores(metrics, valid, ScoreConfig(quadrant_cut="median"))
-    assert not entropy_median_is_degenerate(by_rank, valid)
+    assert not degenerate_medians(by_rank, valid)
     np.testing.assert_array_equal(by_rank["quadrant"], by_median["quadrant"])
     assert set(by_rank["quadrant"].tolist()) <= set(QUADRANT_NAMES)
 
@@ -103,3 +103,14 @@ def test_rank_cut_changes_nothing_when_the_median_works():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         ScoreConfig(**options)
+
+
+def test_divergence_that_is_mostly_zero_does_not_count_as_high():
+    rng = np.random.default_rng(7)
+    metrics = {"Hs_topk_norm": rng.random(40), "KLf_union": np.where(np.arange(40) < 30, 0, rng.random(40) + 1), "Cmass": rng.random(40)}
+    released = batch_scores(metrics, np.ones(40, bool), ScoreConfig(profile="released"))
+    assert np.isin(released["quadrant"], (1, 3)).all()
+    paper = batch_scores(metrics, np.ones(40, bool), ScoreConfig(profile="paper"))
+    assert degenerate_medians(paper, np.ones(40, bool)) == ["D_norm"]
+    high = np.isin(paper["quadrant"], (1, 3))
+    assert high.sum() == 20 and high[30:].all()
