@@ -7,17 +7,16 @@ Shape suffixes: T or L response positions, K entries of the student's top-k.
 """
 
 import asyncio
-import json
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 import numpy as np
-import orjson
 
 from ta_opd.errors import ConfigError, DataError, ServiceError
 from ta_opd.slime_patch.options import reply_dtype
+from ta_opd.token_bank import jsonio
 from ta_opd.topk import PAD_ID, TopK, gathered_logprobs, last_positions, sampled_logprobs
 
 WINDOW = 16
@@ -185,7 +184,7 @@ def _gate(options: Any) -> asyncio.Semaphore:
 
 async def _post(options: Any, session: aiohttp.ClientSession, url: str, payload: dict) -> Any:
     """The parsed reply; failures of the network and of a busy server are tried again with growing pauses."""
-    body, problem = orjson.dumps(payload), ""
+    body, problem = jsonio.dumps(payload), ""
     for attempt in range(int(options.request_retries) + 1):
         if attempt:
             await asyncio.sleep(min(0.5 * 2 ** (attempt - 1), 30.0))
@@ -204,9 +203,6 @@ async def _post(options: Any, session: aiohttp.ClientSession, url: str, payload:
 
 def _parse(content: bytes, url: str) -> Any:
     try:
-        try:
-            return orjson.loads(content)
-        except orjson.JSONDecodeError:  # -Infinity and NaN, which some servers write, are Python's JSON only
-            return json.loads(content)
+        return jsonio.loads(content)
     except ValueError as error:
         raise DataError(f"{url}: the reply is not JSON ({error})") from error

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ta_opd.errors import ConfigError
+from ta_opd.token_bank import jsonio
 
 FORMATS = ("parquet", "csv", "jsonl")
 BATCH_ROWS = 65_536
@@ -109,7 +109,7 @@ class TableSink:
 
     def _write_jsonl(self, table: pa.Table) -> None:
         for batch in plain(table).to_batches(max_chunksize=2048):
-            lines = [orjson.dumps(row) for row in batch.to_pylist()]
+            lines = [jsonio.dumps(row) for row in batch.to_pylist()]
             if lines:
                 self._writer.write(b"\n".join(lines) + b"\n")
 
@@ -135,12 +135,11 @@ def _json_chunk(chunk: pa.ListArray) -> pa.Array:
         return pa.array([""] * len(chunk), pa.string())
     lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
     width = lengths[0]
-    if chunk.null_count == 0 and width and (lengths == width).all():  # one dump of all rows, then cut at their borders
+    if chunk.null_count == 0 and width and (lengths == width).all():
         block = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, int(width))
         if np.isfinite(block).all():
-            text = orjson.dumps(np.ascontiguousarray(block), option=orjson.OPT_SERIALIZE_NUMPY).decode()
-            return pa.array(["[" + row + "]" for row in text[2:-2].split("],[")], pa.string())
-    return pa.array(["" if row is None else orjson.dumps(row).decode() for row in chunk.to_pylist()], pa.string())
+            return pa.array(jsonio.dump_rows(block), pa.string())
+    return pa.array(["" if row is None else jsonio.dumps(row).decode() for row in chunk.to_pylist()], pa.string())
 
 
 def _needs_quotes(column: pa.ChunkedArray) -> bool:

@@ -1,13 +1,11 @@
 """Reading banks: any file as a stream of Arrow tables of known types, and a whole bank as one pandas table."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ta_opd.errors import DataError
+from ta_opd.token_bank import jsonio
 from ta_opd.token_bank.columns import BY_NAME, RAW_TOPK
 from ta_opd.token_bank.files import BATCH_ROWS, FORMATS
 
@@ -119,10 +118,7 @@ def _stream_jsonl(path: Path, columns: Sequence[str] | None, batch_rows: int) ->
 
 def _json_row(line: bytes | str, path: Path) -> dict:
     try:
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError:  # NaN, which the released banks hold, is Python's JSON only
-            row = json.loads(line)
+        row = jsonio.loads(line)
     except ValueError as error:
         raise DataError(f"{path}: not a readable jsonl file ({error})") from error
     if not isinstance(row, dict):
@@ -205,7 +201,7 @@ def _lists(table: pa.Table) -> pa.Table:
             position = table.column_names.index(name)
             column, kind = table.column(position), BY_NAME[name].type
             if pa.types.is_string(column.type):
-                rows = [orjson.loads(text) if text else None for text in column.to_pylist()]
+                rows = [jsonio.loads(text) if text else None for text in column.to_pylist()]
                 column = pa.chunked_array([pa.array(rows, kind)])
             table = table.set_column(position, name, to_type(column, kind))
     return table

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ta_opd.errors import DataError, ServiceError
+from ta_opd.token_bank import jsonio
 from ta_opd.token_bank.columns import QUADRANTS, SCHEMA_VERSION, build_table, check_columns
 from ta_opd.token_bank.files import FORMATS, TableSink, atomic_path, check_format, write_bytes_atomic
 from ta_opd.token_bank.reader import read_table
@@ -73,7 +73,7 @@ class TokenBankWriter:
         self._closed = False
         for leftover in self.directory.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        self._config = _json_bytes({"schema_version": SCHEMA_VERSION, **(config or {})})
+        self._config = jsonio.dumps({"schema_version": SCHEMA_VERSION, **(config or {})})
         self._write_config()
         self._summary = self._load_summary()
         self._queue: queue.Queue = queue.Queue(maxsize=queue_size)
@@ -153,17 +153,17 @@ class TokenBankWriter:
 
     def _write_config(self) -> None:
         path = self.directory / "config.json"
-        config = orjson.loads(self._config)
+        config = jsonio.loads(self._config)
         earlier = []
         if path.exists():
             try:
-                old = orjson.loads(path.read_bytes())
-            except orjson.JSONDecodeError:
+                old = jsonio.loads(path.read_bytes())
+            except ValueError:
                 old = {}
             earlier = old.pop("earlier", [])
             if old and old != config:
                 earlier.append({**old, "rollout_ids": list(rollout_files(self.directory))})
-        write_bytes_atomic(path, _json_bytes({**config, "earlier": earlier}, orjson.OPT_INDENT_2))
+        write_bytes_atomic(path, jsonio.dumps({**config, "earlier": earlier}, indent=True))
 
     def _load_summary(self) -> dict[int, dict]:
         """Rows of summary.csv by rollout id, the last of doubled ones; rows of newer files are made anew."""
@@ -215,10 +215,6 @@ def summary_row(rollout_id: int, table: pa.Table) -> dict[str, object]:
 
 def _numpy(table: pa.Table, name: str) -> np.ndarray:
     return pc.fill_null(table.column(name).cast(pa.float64()), np.nan).to_numpy()
-
-
-def _json_bytes(value: object, option: int = 0) -> bytes:
-    return orjson.dumps(value, default=str, option=option | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
 
 
 _OPEN_WRITERS: "weakref.WeakSet[TokenBankWriter]" = weakref.WeakSet()

@@ -220,6 +220,37 @@ def test_importing_the_port_pulls_in_no_engine(module):
     assert done.stdout.strip() == "[]"
 
 
+BARE = """
+import sys
+for name in ("orjson", "scipy", "statsmodels", "matplotlib", "yaml", "transformers", "ray", "sglang", "megatron"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv[1])
+from types import SimpleNamespace
+from port_helpers import kept_rows, load_cases, plain_samples
+from ta_opd.slime_patch import hooks
+from ta_opd.slime_patch.slime.rollout import tip_compat
+from ta_opd.token_bank import read_bank
+
+case = load_cases()[0]
+for kind in ("csv", "jsonl", "parquet"):
+    samples = plain_samples(case)
+    args = SimpleNamespace(**case["args"], opd_profile="released", opd_budget_mask="tip", opd_budget_ratio=0.3, rollout_id=0,
+                           opd_token_bank_dir=sys.argv[2] + kind, opd_token_bank_format=kind, opd_token_bank_raw_topk=True)
+    tip_compat.process_tip_compat_metrics(args, samples, case["teacher_log_probs"], case["teacher_replies"])
+    tip_compat.close_token_banks()
+    assert kept_rows(samples) == case["kept"]["tip@0.3"]
+    bank = read_bank(sys.argv[2] + kind)
+    assert abs(bank["tip_score"] - case["columns"]["tip_score"]).max() < 1e-9
+    assert len(bank["student_top_ids"][0]) == case["args"]["opd_topk_metrics_k"]
+"""
+
+
+def test_numpy_pandas_pyarrow_aiohttp_and_torch_are_enough(tmp_path):
+    command = [sys.executable, "-c", BARE, str(Path(__file__).parent), str(tmp_path / "bank_")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", COPIES)
 def test_the_copied_files_import_without_this_trees_slime(tmp_path, name):
     stock = make_stock(tmp_path / "stock")
