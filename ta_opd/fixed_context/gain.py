@@ -75,6 +75,9 @@ def analyze_gain(table: pd.DataFrame, config: GainConfig | None = None) -> GainR
     )  # fmt: skip
     frame, notes = features.frame, list(features.notes)
     regressions, coefficients = regression_tables(frame)
+    if coefficients["rank_deficient"].any():
+        models = ", ".join(coefficients.loc[coefficients["rank_deficient"], "model"].unique())
+        notes.append(f"terms of {models} are constant or repeat each other: their single coefficients mean nothing")
     in_region = _region(table, frame, config, notes)
     summary = {
         "profile": config.profile, "gain_column": columns.gain, "rows": len(frame), "nan_rows": features.nan_rows,

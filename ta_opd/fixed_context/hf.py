@@ -119,9 +119,10 @@ class CausalModel:
         return self.model.base_model(input_ids=ids_BP, use_cache=False).last_hidden_state
 
     def full_logits(self, ids_BP, rows):
-        """[R, V] float32 logits by the model's own forward pass, at flat positions `rows` of [B * P]."""
+        """[R, V] logits (float32 at least) by the model's own forward pass, at flat positions `rows` of [B * P]."""
         logits = self.model(input_ids=ids_BP, use_cache=False).logits
-        return logits.reshape(-1, logits.shape[-1])[rows].float()
+        logits = logits.reshape(-1, logits.shape[-1])[rows]
+        return logits if logits.dtype.itemsize >= 4 else logits.float()
 
     def head_logits(self, hidden_RH):
         """[R, V] float32 (float64 for a float64 model) logits. Half-precision products are summed and kept in float32."""
@@ -144,8 +145,10 @@ class CausalModel:
         """Gives the memory back; the model cannot be used afterwards."""
         import torch
 
+        large = sum(p.numel() for p in self.model.parameters()) > 50_000_000
         self.model = self.head = None
-        gc.collect()
+        if large:  # modules hold reference cycles, and a collection takes seconds in a process that has imported all this
+            gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -4,6 +4,8 @@ Models (each with an intercept, position and the teacher's entropy):
 `H_D` {H, D, H*D}; `H_D_C` adds C; `H_Dlearn_Dincompat` {H, Dlearn, Dincompat} (paper, table 9).
 """
 
+import warnings
+
 import numpy as np
 import pandas as pd
 
@@ -25,6 +27,12 @@ def design(frame: pd.DataFrame, terms: tuple[str, ...], standardise: bool = Fals
     return np.column_stack([np.ones(len(frame)), *columns])
 
 
+def rank_deficient(frame: pd.DataFrame, terms: tuple[str, ...], standardise: bool = False) -> bool:
+    """Whether some terms are constant or combinations of others, so that single coefficients mean nothing (r2 still does)."""
+    x = design(frame, terms, standardise)
+    return bool(np.linalg.matrix_rank(x) < x.shape[1])
+
+
 def z_score(x: np.ndarray) -> np.ndarray:
     """(x - mean) / population std; zeros for a constant."""
     spread = x.std()
@@ -40,10 +48,12 @@ def fit(frame: pd.DataFrame, terms: tuple[str, ...], *, standardise: bool = Fals
     x = design(frame, terms, standardise)
     codes, labels = group_codes(frame["group"])
     model = sm.OLS(y, x)
-    if len(labels) > 1 and len(frame) > x.shape[1]:
-        result = model.fit(cov_type="cluster", cov_kwds={"groups": codes})
-    else:
-        result = model.fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a singular design: callers report it (`rank_deficient`)
+        if len(labels) > 1 and len(frame) > x.shape[1]:
+            result = model.fit(cov_type="cluster", cov_kwds={"groups": codes})
+        else:
+            result = model.fit()
     residual = y - x @ result.params
     total = float(((y - y.mean()) ** 2).sum())
     r2 = 1 - float((residual**2).sum()) / total if total > 0 else float("nan")
@@ -51,10 +61,10 @@ def fit(frame: pd.DataFrame, terms: tuple[str, ...], *, standardise: bool = Fals
 
 
 def coefficient_rows(frame: pd.DataFrame, terms: tuple[str, ...], *, standardise: bool = False) -> tuple[list[dict], float]:
-    """One dict a term (term, coef, std_err, ci_low, ci_high, p_value, n, groups), and r2."""
+    """One dict a term (term, coef, std_err, ci_low, ci_high, p_value, n, groups, rank_deficient), and r2."""
     result, r2 = fit(frame, terms, standardise=standardise)
     groups = frame["group"].nunique()
-    robust = groups > 1 and len(frame) > len(terms) + 1
+    robust, deficient = groups > 1 and len(frame) > len(terms) + 1, rank_deficient(frame, terms, standardise)
     bounds = result.conf_int() if robust else np.full((len(terms) + 1, 2), np.nan)
     rows = [
         {
@@ -66,6 +76,7 @@ def coefficient_rows(frame: pd.DataFrame, terms: tuple[str, ...], *, standardise
             "p_value": float(result.pvalues[i]) if robust else float("nan"),
             "n": len(frame),
             "groups": groups,
+            "rank_deficient": deficient,
         }
         for i, term in enumerate(("intercept", *terms))
     ]

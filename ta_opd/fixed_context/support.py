@@ -15,7 +15,7 @@ import pandas as pd
 from ta_opd.errors import DataError
 from ta_opd.fixed_context.bootstrap import difference_interval, named_rng
 from ta_opd.fixed_context.features import resolve_columns, with_gains
-from ta_opd.fixed_context.regression import MODELS, coefficient_gap, fit
+from ta_opd.fixed_context.regression import MODELS, coefficient_gap, fit, rank_deficient
 from ta_opd.fixed_context.tables import to_markdown, write_json, write_table
 
 DEFINITIONS = (
@@ -163,9 +163,11 @@ def _one(table, columns, definition: str, config: SupportConfig, dataset: str) -
             "q3_high_minus_low_ci_low": found.low,
             "q3_high_minus_low_ci_high": found.high,
         }
-    note = "" if len(region) else "the Q3 region is empty"
+    notes = [] if len(region) else ["the Q3 region is empty"]
+    if rank_deficient(frame, MODELS["H_Dlearn_Dincompat"], standardise=True):
+        notes.append("its values do not vary enough: Dlearn and Dincompat cannot be told apart, betas mean nothing")
     delta = gap["r2_decomp"] - r2_base
-    return counts | {"r2_HD": r2_base, **gap, "delta_r2_vs_HD": delta, **contrast, "note": note}
+    return counts | {"r2_HD": r2_base, **gap, "delta_r2_vs_HD": delta, **contrast, "note": "; ".join(notes)}
 
 
 def write_support(result: pd.DataFrame, config: SupportConfig, missing: dict[str, str], output_dir) -> Path:

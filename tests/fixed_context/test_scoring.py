@@ -1,5 +1,7 @@
 """Scoring with real (tiny) models: against a dense float64 pass, in every mode, and interrupted."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -180,6 +182,30 @@ def test_unknown_device_and_dtype(bank, models, tmp_path):
 def test_no_model_there(bank, models, tmp_path):
     with pytest.raises(DataError, match="no model can be loaded"):
         score(bank, {**models, "teacher": tmp_path / "absent"}, tmp_path, allow_tokenizer_mismatch=True)
+
+
+def soft_capped(path, tokenizer_from):
+    """A tiny Gemma 2: its logits are tanh-capped behind the output matrix."""
+    transformers = import_transformers()
+    torch.manual_seed(3)
+    config = transformers.Gemma2Config(
+        vocab_size=VOCAB_S, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        final_logit_softcapping=2.0, initializer_range=0.5, query_pre_attn_scalar=16,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    for file in tokenizer_from.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+def test_a_head_that_is_no_plain_product(bank, models, tmp_path):
+    capped = {**models, "student": soft_capped(tmp_path / "capped", models["student"])}
+    table, _ = score(bank, capped, tmp_path, residency="both")
+    expected = reference(bank, capped, 8)
+    np.testing.assert_allclose(table["KLf_full"], expected["KLf_full"], atol=1e-6)
+    for role in ("student", "teacher"):
+        with pytest.raises(ConfigError, match="--residency both"):
+            score(bank, {**models, role: capped["student"]}, tmp_path, name=role, residency="one")
 
 
 def test_before_and_after_in_one_table(bank, models, tmp_path):
