@@ -180,7 +180,8 @@ class _Probe:
             self.add(f"{name}: tokenizer", None, "not compared (--allow-tokenizer-mismatch)")
             return
         other = load_tokenizer(path, getattr(self.args, "trust_remote_code", False))
-        differing = sum(other.get_vocab().get(t) != i for t, i in self.tokenizer.get_vocab().items())
+        ours, theirs = self.tokenizer.get_vocab(), other.get_vocab()  # each call builds the whole dict
+        differing = sum(theirs.get(t) != i for t, i in ours.items())
         specials = {k: (getattr(self.tokenizer, k), getattr(other, k)) for k in ("eos_token_id", "pad_token_id", "bos_token_id")}
         unequal = {k: v for k, v in specials.items() if v[0] != v[1]}
         same = differing == 0 and "eos_token_id" not in unequal
