@@ -79,10 +79,11 @@ def make_model(path: Path, vocab: int, *, hidden: int = 32, layers: int = 2, see
         )  # fmt: skip
         model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(str(path))
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(TOKENS)}, unk_token="w2"))
+    names = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, TOKENS))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="w2", eos_token="w1", pad_token="w0", clean_up_tokenization_spaces=False
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
     ).save_pretrained(str(path))
     return path
 
@@ -105,6 +106,6 @@ def make_bank(path: Path, contexts: int = 9, seed: int = 0, longest: int = 20) -
 
 def write_prompts(path: Path, count: int, start: int = 0) -> Path:
     """A JSONL file of `count` prompts that the tiny tokenizer knows."""
-    lines = [json.dumps({"prompt": " ".join(f"w{2 + (7 * i + 13 * j) % 80}" for j in range(3 + i % 3)), "label": str(i)}) for i in range(start, start + count)]
+    lines = [json.dumps({"prompt": " ".join(f"w{3 + (7 * i + 13 * j) % 80}" for j in range(3 + i % 3)), "label": str(i)}) for i in range(start, start + count)]
     path.write_text("\n".join(lines) + "\n")
     return path
