@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import mt_tiny
 import numpy as np
@@ -13,14 +14,12 @@ _state: dict = {}
 
 
 def join(rank: int, ranks: int, port: int) -> None:
-    """Leaves the process group of another size or port and joins this one."""
+    """Leaves the groups of another layout (another port) and joins this world."""
     from slime.backends.megatron_utils import distributed
 
     if _state.get("world") == (ranks, port):
         return
-    if dist.is_initialized():
-        distributed.destroy_model_parallel()
-        dist.destroy_process_group()
+    distributed.leave_world()
     distributed.init_world(rank, ranks, "127.0.0.1", port, minutes=5)
     _state["world"] = (ranks, port)
 
@@ -37,7 +36,14 @@ def make_trainer(rank: int, ranks: int, port: int, model, **changes):
     from slime.backends.megatron_utils.trainer import MegatronTrainer
 
     trainer = MegatronTrainer(make_args(model, **changes), rank, ranks, rank, "127.0.0.1", port)
+    _state.setdefault("trainers", []).append(trainer)
     return trainer, trainer.init()
+
+
+def release() -> None:
+    """Frees what a case built."""
+    for trainer in _state.pop("trainers", []):
+        trainer.free()
 
 
 def export(trainer) -> dict[str, np.ndarray]:
@@ -75,6 +81,12 @@ def train(rank, ranks, port, model, data, steps: int = 3, grads: bool = True, **
     out["metrics"] = [trainer.train(step, own) for step in range(steps)]
     out["weights"] = export(trainer)
     return out
+
+
+def threads(rank, ranks, port, model, **changes) -> int:
+    """Threads of this process after a trainer of the layout was built."""
+    make_trainer(rank, ranks, port, model, **changes)
+    return len(os.listdir("/proc/self/task"))
 
 
 EXTRA = {"data_source": {"epoch": 1, "offset": (3, 4)}, "note": "kept"}
@@ -184,3 +196,17 @@ def save_error(rank, ranks, port, model, **changes) -> tuple[str, str] | None:
         trainer.save(0, {"a function": make_args})
     except Exception as error:
         return type(error).__name__, str(error)
+
+
+def train_and_save(rank, ranks, port, model, data, **changes) -> dict:
+    trainer, start = make_trainer(rank, ranks, port, model, **changes)
+    own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
+    trainer.train(0, own)
+    trainer.save(0, {})
+    return {"start": start, "weights": export(trainer)}
+
+
+def save_hf(rank, ranks, port, model, out, **changes) -> dict[str, np.ndarray]:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    trainer.save_hf(out)
+    return export(trainer)

@@ -1,15 +1,20 @@
 """A few worker processes that stay up and run many cases as gloo ranks: importing megatron-core costs seconds, a case little.
 
 `Pool.run(name, ranks, **kwargs)` calls `mt_cases.<name>(rank, ranks, port, **kwargs)` on the first `ranks` workers and returns
-their results in rank order; an exception on any worker is raised here.
+their results in rank order; an exception on any worker is raised here. The process groups of a layout are kept for the
+next case of the same layout and destroyed before another one: every gloo group holds threads.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
 import traceback
+
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size",
+          "expert_tensor_parallel_size")  # fmt: skip
 
 
 def free_port() -> int:
@@ -26,7 +31,7 @@ class Pool:
     def __init__(self, size: int):
         context = mp.get_context("spawn")
         self.port = 0
-        self.ranks = 0
+        self.layout = None
         self.workers = []
         for rank in range(size):
             here, there = context.Pipe()
@@ -36,8 +41,9 @@ class Pool:
             self.workers.append((process, here))
 
     def run(self, name: str, ranks: int, timeout: float = 240, **kwargs) -> list:
-        if ranks != self.ranks:
-            self.ranks, self.port = ranks, free_port()
+        layout = (ranks, *(kwargs.get(name, 1) for name in LAYOUT))
+        if layout != self.layout:
+            self.layout, self.port = layout, free_port()
         for _, pipe in self.workers[:ranks]:
             pipe.send((name, ranks, self.port, kwargs))
         results, failure = [], None
@@ -79,4 +85,6 @@ def _work(rank: int, pipe) -> None:
             value = (True, getattr(mt_cases, name)(rank, ranks, port, **kwargs))
         except BaseException:
             value = (False, traceback.format_exc())
+        mt_cases.release()
+        gc.collect()
         pipe.send(value)

@@ -37,7 +37,7 @@ from ta_opd.errors import ConfigError, DataError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-_STACKED_KEY = "decoder.layers.self_attention.linear_proj.weight"
+STACKED_KEY = "decoder.layers.self_attention.linear_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def load(found: Found, model, optimizer: Optimizer | None) -> dict[str, Any]:
     common = read_common(found)
     ours = common.get("ta_opd", {})
     with_optimizer = optimizer is not None and bool(ours.get("optimizer"))
-    stacked = _STACKED_KEY in FileSystemReader(path).read_metadata().state_dict_metadata
+    stacked = STACKED_KEY in FileSystemReader(path).read_metadata().state_dict_metadata
     state = _model_state(model, stacked)
     same_layout = ours.get("layout") == layout()
     if same_layout:
@@ -227,7 +227,9 @@ def _metadata(stacked: bool) -> dict[str, Any]:
 
 
 def _model_state(model, stacked: bool) -> dict[str, Any]:
-    return {"model": unwrap(model).sharded_state_dict(metadata=_metadata(stacked))}
+    """Tensors of the model; megatron-core's empty extra states are left out, so that converted weights need none."""
+    state = unwrap(model).sharded_state_dict(metadata=_metadata(stacked))
+    return {"model": {k: v for k, v in state.items() if not k.endswith("_extra_state")}}
 
 
 def _rng_object(data) -> ShardedObject:

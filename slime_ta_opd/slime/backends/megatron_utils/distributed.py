@@ -7,6 +7,7 @@ for a GPU stream.
 from __future__ import annotations
 
 import datetime
+import gc
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from slime.backends.megatron_utils.settings import Settings
 
-_objects: dict[str, dist.ProcessGroup | None] = {}
+_state: dict[str, Any] = {}
 
 
 def init_world(rank: int, world_size: int, master_addr: str, master_port: int, minutes: int = 30) -> None:
@@ -38,34 +39,43 @@ def init_world(rank: int, world_size: int, master_addr: str, master_port: int, m
 
 
 def init_model_parallel(settings: Settings) -> None:
-    """Creates megatron-core's groups for the layout, replacing those of another layout in the same process."""
-    destroy_model_parallel()
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=settings.tensor_model_parallel_size,
-        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
-        context_parallel_size=settings.context_parallel_size,
-        expert_model_parallel_size=settings.expert_model_parallel_size,
-        expert_tensor_parallel_size=settings.expert_tp,
-        distributed_timeout_minutes=settings.distributed_timeout_minutes,
-    )
-    if torch.cuda.is_available():
-        _objects["group"] = dist.new_group(backend="gloo")
+    """Creates megatron-core's groups for the layout; keeps those of this process if they are of the same layout.
+
+    Raises RuntimeError where they are of another one: every gloo group holds threads, so groups are not piled up. Leave the
+    world (`leave_world`) first.
+    """
+    wanted = {
+        "tensor_model_parallel_size": settings.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": settings.pipeline_model_parallel_size,
+        "context_parallel_size": settings.context_parallel_size,
+        "expert_model_parallel_size": settings.expert_model_parallel_size,
+        "expert_tensor_parallel_size": settings.expert_tp,
+    }
+    if mpu.is_initialized():
+        if _state.get("layout") != wanted:
+            raise RuntimeError(f"megatron-core: this process already has groups of layout {_state.get('layout')}, not {wanted}")
+    else:
+        mpu.initialize_model_parallel(**wanted, distributed_timeout_minutes=settings.distributed_timeout_minutes)
+        _state["layout"] = wanted
+        if torch.cuda.is_available():
+            _state["objects"] = dist.new_group(backend="gloo")
     model_parallel_cuda_manual_seed(settings.seed)
 
 
-def destroy_model_parallel() -> None:
-    """Forgets megatron-core's groups, so that another layout can be set up in this process."""
+def leave_world() -> None:
+    """Destroys all process groups of this process, with their threads."""
     if mpu.is_initialized():
         mpu.destroy_model_parallel()
-    group = _objects.pop("group", None)
-    if group is not None:
-        dist.destroy_process_group(group)
+    _state.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order, on every rank."""
     out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value, group=_objects.get("group"))
+    dist.all_gather_object(out, value, group=_state.get("objects"))
     return out
 
 

@@ -81,9 +81,9 @@ class HFWriter:
     def __init__(self, path: str | Path, shard_bytes: int = 5 * 2**30):
         self.path = Path(path)
         self.shard_bytes = shard_bytes
-        self._dir = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(self._dir, ignore_errors=True)
-        self._dir.mkdir(parents=True)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -98,7 +98,7 @@ class HFWriter:
         self.total_bytes += size
 
     def _flush(self) -> None:
-        save_file(self._pending, self._dir / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        save_file(self._pending, self.partial / f"shard-{len(self._shards)}", metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -108,19 +108,19 @@ class HFWriter:
             self._flush()
         count = len(self._shards)
         if count == 1:
-            os.replace(self._dir / "shard-0", self._dir / SINGLE)
+            os.replace(self.partial / "shard-0", self.partial / SINGLE)
         else:
             weight_map = {}
             for i, names in enumerate(self._shards):
                 file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-                os.replace(self._dir / f"shard-{i}", self._dir / file)
+                os.replace(self.partial / f"shard-{i}", self.partial / file)
                 weight_map.update(dict.fromkeys(names, file))
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self._dir / INDEX).write_text(json.dumps(index, indent=2))
-        copy_side_files(origin, self._dir, dtype)
+            (self.partial / INDEX).write_text(json.dumps(index, indent=2))
+        copy_side_files(origin, self.partial, dtype)
         if self.path.exists():
             shutil.rmtree(self.path)
-        os.replace(self._dir, self.path)
+        os.replace(self.partial, self.path)
 
 
 def copy_side_files(origin: str | Path, target: str | Path, dtype: torch.dtype) -> None:

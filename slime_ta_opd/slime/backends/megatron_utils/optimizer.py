@@ -120,6 +120,11 @@ class Optimizer:
         """Copies model weights into the optimizer's main weights, after weights were loaded without it."""
         self.core.reload_model_params()
 
+    def free(self) -> None:
+        """Drops all state; the optimizer cannot be used afterwards."""
+        for part in self.core.chained_optimizers:
+            vars(part).clear()
+
 
 def is_finite(value: float) -> bool:
     return math.isfinite(value)

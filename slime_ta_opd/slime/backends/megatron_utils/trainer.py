@@ -265,9 +265,18 @@ class MegatronTrainer:
             writer.close(self.settings.hf_checkpoint, self.settings.dtype)
         dist.barrier()
 
-    def close(self) -> None:
-        """Leaves the process groups."""
-        distributed.destroy_model_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def free(self) -> None:
+        """Drops model and optimizer (not collective). Their gradient hooks form cycles that the collector cannot see."""
+        model, optimizer = vars(self).pop("model", None), vars(self).pop("optimizer", None)
+        vars(self).pop("stepper", None)
+        if optimizer is not None:
+            optimizer.free()
+        if model is not None:
+            model.grad_accs.clear()
+            for param in model.parameters():
+                vars(param).pop("main_param", None)
 
+    def close(self) -> None:
+        """Drops everything and leaves the process groups (not collective)."""
+        self.free()
+        distributed.leave_world()
