@@ -33,7 +33,7 @@ class Rows:
     student_ids_RK         int, student's top-K ids, padded with -1
     teacher_at_student_RK  f32, teacher's log-probs at student_ids_RK, NaN where unknown
     teacher_hidden_RH      teacher's last hidden states (its own hidden size)
-    teacher_weight_VH      teacher's LM-head shard: the same id range as the student's shard (`full.reshard_vocab`)
+    teacher_weight_VH      teacher's LM-head shard: the same id range as the student's shard (`vocab_parallel.reshard_vocab`)
     """
 
     target_R: torch.Tensor | None = None

@@ -1,0 +1,102 @@
+"""Forward and backward of the trainer's own step (megatron-core trunk, DDP gradient buffers) with different losses and rows."""
+
+from __future__ import annotations
+
+import socket
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from benchmarks import measure as m
+from benchmarks.reference_trunk import Shape
+from slime.backends.megatron_utils import cpu_runtime, distributed
+from slime.backends.megatron_utils.hf_config import model_shape
+from slime.backends.megatron_utils.losses.registry import LossSpec, get_loss
+from slime.backends.megatron_utils.losses.types import TokenLoss
+from slime.backends.megatron_utils.model import build_model, wrap_for_training
+from slime.backends.megatron_utils.settings import Settings
+from slime.backends.megatron_utils.step import Stepper, vocabulary_args
+
+WAYS = {"all, plain": ("all", "plain"), "all, chunked": ("all", "chunked"), "all, ours": ("all", "ours"), "kept, plain": ("kept", "plain"),
+        "kept, ours": ("kept", "ours")}
+PROMPT = 256
+
+
+def hf_config(s: Shape) -> dict:
+    return {"model_type": "qwen3", "num_hidden_layers": s.layers, "hidden_size": s.hidden, "intermediate_size": s.ffn,
+            "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads, "head_dim": s.head_dim, "vocab_size": s.vocab,
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960, "rope_theta": 1e6, "tie_word_embeddings": True,
+            "hidden_act": "silu", "attention_bias": False}  # fmt: skip
+
+
+def comparison_loss(name: str) -> LossSpec:
+    """`plain` and `chunked` of loss_rows.py as a loss of the trainer."""
+    from benchmarks import loss_rows
+
+    def fn(hidden_RH, weight_VH, rows, args, tp_group=None):
+        total = getattr(loss_rows, name)(hidden_RH, weight_VH, rows)
+        return TokenLoss(torch.zeros_like(rows.factor_R), {}, total)
+
+    return LossSpec(name, fn, get_loss("sampled_reverse_kl").needs, None, "logprob")
+
+
+def batch(s: Shape, tokens: int, length: int, share: float) -> dict:
+    """Samples that fill `tokens` packed tokens; `share` of all tokens is kept, the last response position always."""
+    rng = np.random.default_rng(0)
+    prompt = min(PROMPT, length // 4)
+    number, response = tokens // length, length + 1 - prompt  # the last token is predicted, never fed
+    kept = int(length * share)
+    weights = []
+    for _ in range(number):
+        weight = np.zeros(response, np.float32)
+        weight[rng.permutation(response - 1)[: kept - 1]] = weight[-1] = 1.0
+        weights.append(weight)
+    old = [(-5 * rng.random(response)).astype(np.float32) for _ in range(number)]
+    return {
+        "tokens": [rng.integers(0, s.vocab, length + 1).astype(np.int32) for _ in range(number)],
+        "response_lengths": [response] * number, "loss_masks": [np.ones(response, np.float32)] * number, "opd_weights": weights,
+        "rollout_log_probs": old, "teacher_log_probs": [x + 0.5 for x in old], "sample_indices": list(range(number)),
+        "steps": [{"indices": list(range(number)), "kept_tokens": float(kept * number), "valid_tokens": response * number,
+                   "num_samples": number}],
+    }  # fmt: skip
+
+
+def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10) -> list[dict]:
+    """One row a way and size. Gradients go to megatron-core's f32 buffers, which are allocated before and counted in the peak."""
+    cpu_runtime.install()
+    device = m.device()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out: list[dict] = []
+    with cpu_runtime.cpu_runtime():
+        settings = Settings.from_args(Namespace(
+            bf16=device.type == "cuda", max_tokens_per_gpu=max(sizes), recompute_granularity="full", recompute_method="uniform",
+            recompute_num_layers=1))
+        distributed.init_world(0, 1, "127.0.0.1", port)
+        distributed.init_model_parallel(settings)
+        torch.manual_seed(0)
+        model = build_model(model_shape(hf_config(s)), settings, device)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, 0, 0.02) if p.dim() == 2 else torch.nn.init.ones_(p)
+        model = wrap_for_training(model, settings)
+        model.train()
+        for tokens in sizes:
+            data = batch(s, tokens, length, share)
+            for name, (rows, loss) in WAYS.items():
+                spec = get_loss("sampled_reverse_kl") if loss == "ours" else comparison_loss(loss)
+                own = SimpleNamespace(**{**vars(settings), "opd_loss_rows": rows})
+                stepper = Stepper(model=model, loss=spec, settings=own, args=vocabulary_args(Namespace(eps_clip=0.2), model), device=device)
+                m.free()
+                row = {"tokens": tokens, "trunk": "megatron", "way": name, "ms": None, "peak GiB": None}
+                try:
+                    cost = m.measure(lambda st=stepper, d=data: st.gradients(d, d["steps"][0]), before=model.zero_grad_buffer,
+                                     warmup=1, repeats=3)
+                    row |= {"ms": cost.ms, "spread": cost.spread, "peak GiB": m.gib(cost.peak)}
+                except torch.cuda.OutOfMemoryError:
+                    pass
+                out.append(row)
+        distributed.leave_world()
+    return out

@@ -1,0 +1,47 @@
+"""The benchmarks run on any machine with --quick, check their own numbers and write what they printed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import divergence, loss_rows, measure
+
+
+def _run(module, monkeypatch, out, *flags) -> dict:
+    monkeypatch.setattr("sys.argv", [f"benchmarks/{module.__name__.rsplit('.', 1)[1]}.py", "--quick", "--out", str(out), *flags])
+    assert module.main() == 0
+    (file,) = out.iterdir()
+    return json.loads(file.read_text())
+
+
+def test_divergence(tmp_path, monkeypatch, capsys):
+    result = _run(divergence, monkeypatch, tmp_path)
+    assert {row["way"] for row in result["tables"]["divergence"]} == {"ours", "plain"}
+    assert result["verdict"]["errors within tolerance"] and "reverse_kl" in capsys.readouterr().out
+    assert result["command"].startswith("python benchmarks/divergence.py --quick")
+
+
+@pytest.mark.parametrize("flags", [("--part", "head"), ("--part", "step")])
+def test_loss_rows(tmp_path, monkeypatch, flags):
+    result = _run(loss_rows, monkeypatch, tmp_path, *flags)
+    if flags[1] == "head":
+        assert {row["way"] for row in result["tables"]["head alone"]} == set(loss_rows.WAYS)
+    else:
+        assert {row["kept against"] for row in result["tables"]["ratios"]} == {"all, plain", "all, chunked", "all, ours"}
+
+
+def test_wrong_numbers_fail_the_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(divergence, "divergence_from_logits", lambda s, t, kind, **_: divergence.plain(s * 1.1, t, kind))
+    monkeypatch.setattr("sys.argv", ["benchmarks/divergence.py", "--quick", "--out", str(tmp_path)])
+    assert divergence.main() == 1
+
+
+def test_table_and_errors():
+    import torch
+
+    text = measure.table([{"a": 1.234567, "b": None}, {"a": 1234.5, "c": "x"}])
+    assert text.splitlines() == ["a     b  c", "1.23  -  -", "1234  -  x"]
+    assert measure.relative_error(torch.tensor([torch.nan]), torch.ones(1)) == float("inf")
+    assert measure.relative_error(torch.tensor([3.0]), torch.tensor([2.0])) == 0.5
