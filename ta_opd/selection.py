@@ -317,13 +317,10 @@ def _checked(values, T: int, name: str, what: str) -> np.ndarray:
 def _split(batch: Batch, rows: Rows, gamma: float, span: slice, budget: int, keep_T) -> None:
     """round(budget * gamma) by H_norm, the rest by split_ca_score, any shortfall by ca_softor_score; what is kept already stays."""
     entropy_share = min(max(round(budget * gamma), 0), budget)
-    chosen = 0
     for column, count in (("H_norm", entropy_share), ("split_ca_score", budget), ("ca_softor_score", budget)):
         free_C = np.flatnonzero(batch.valid[span] & ~keep_T[span]) + span.start
         room = budget - int(keep_T[span].sum())
-        best_C = Order(batch[column], rows).best(free_C, min(count - chosen, room))
-        keep_T[best_C] = True
-        chosen += best_C.size
+        keep_T[Order(batch[column], rows).best(free_C, min(count, room))] = True
 
 
 def _shuffled_priority(valid_T, seed: int) -> np.ndarray:

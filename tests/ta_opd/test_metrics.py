@@ -116,6 +116,20 @@ def test_tail_support_worked_example():
     assert got["CBC"] == pytest.approx(np.sqrt(q_t * q_s).sum(), rel=1e-12)
 
 
+@pytest.mark.parametrize("mass", [1.0, 1 - 1e-8, 1 - 1e-5])
+def test_tail_support_when_next_to_nothing_is_left(mass):
+    student, teacher = {1: 0.9 * mass, 2: 0.1 * mass}, {3: 0.7, 1: 0.25, 2: 0.02}
+    expected = oracle.union_tail(student, teacher)
+    got = one_token(student, teacher, support="union_tail")
+    np.testing.assert_allclose([got[name] for name in ("KLf_union", "KLr_union", "CBC")], expected, rtol=1e-9)
+
+
+def test_padding_is_never_the_sampled_token():
+    topk = TopK.from_lists([[[-0.1, 1, None]]], 3)
+    got = token_metrics(topk, topk, sampled_ids=[-1], student_logprobs=[0], teacher_logprobs=[0], response_lengths=[1])
+    assert got["target_student_rank"][0] == 0 == got["target_in_teacher_topk"][0]
+
+
 def test_exact_support_takes_the_full_vocabulary_values():
     full = {"H": np.array([1.5]), "KLf": np.array([0.25]), "KLr": np.array([0.75]), "C": np.array([0.5])}
     got = one_token(*GOLDEN[1][:2], support="exact", exact={**full, "vocab_size": 100})
@@ -212,3 +226,14 @@ def test_bad_input_is_named():
         token_metrics(topk, topk, **good, support="jensen")
     with pytest.raises(DataError, match=r"teacher_at_student_ids: expected shape \(3, 2\)"):
         token_metrics(topk, topk, **good, teacher_at_student_ids=np.zeros((3, 1)))
+
+
+def test_an_id_at_the_edge_of_two_rows_is_not_taken_for_shared():
+    # Sorted by id, the last of row 0 is the student's 9 and the first of row 1 the teacher's 9.
+    student = TopK.from_lists([[[-0.1, 9, None], [-3.0, 1, None]], [[-0.2, 30, None], [-2.0, 20, None]]], 2)
+    teacher = TopK.from_lists([[[-0.1, 2, None], [-3.0, 1, None]], [[-0.2, 9, None], [-2.0, 20, None]]], 2)
+    got = token_metrics(
+        student, teacher, sampled_ids=[9, 9], student_logprobs=[0, 0], teacher_logprobs=[0, 0], response_lengths=[2]
+    )
+    np.testing.assert_allclose(got["Coverlap"], [0.5, 0.5])
+    np.testing.assert_allclose(got["Cmass"], np.exp([-3.0, -2.0]), rtol=1e-6)
