@@ -2,7 +2,8 @@
 # Makes .venv with pinned packages:  scripts/setup.sh [cpu|gpu] [--eval]
 #   cpu | gpu   default: gpu where nvidia-smi lists a device, else cpu
 #   --eval      also the packages of the downstream evaluation
-# Environment: PYTHON (interpreter to build with), VENV (default .venv in the repository).
+# Environment: PYTHON (interpreter to build with), VENV (default .venv in the repository), TORCH_INDEX_URL (a package index
+# with CPU builds of torch, where pip's own configuration knows none).
 # A second call with unchanged requirements returns at once. Nothing counts as installed before everything is.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,7 +18,7 @@ for arg in "$@"; do
   case $arg in
     cpu | gpu) profile=$arg ;;
     --eval) with_eval="eval" ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) die "unknown argument '$arg'; expected: setup.sh [cpu|gpu] [--eval]" ;;
   esac
 done
@@ -101,11 +102,13 @@ pip=("$py" -m pip --disable-pip-version-check --no-input install --progress-bar 
 if [ "$profile" = cpu ]; then
   torch=$(grep '^torch==' "$req/torch.txt")
   if ! "$py" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '${torch#torch==}')" 2>/dev/null; then
-    # A CPU build from the configured indexes, else from PyTorch's own CPU index, else whatever the platform has.
-    stage 2/5 "$torch (CPU build)" "${pip[@]}" "$torch+cpu" ||
-      stage 2/5 "$torch (PyTorch's CPU index)" "${pip[@]}" --retries 1 --timeout 15 \
-        --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu" ||
+    # A CPU build where pip's configuration or TORCH_INDEX_URL offers one, else the platform's own (on Linux a larger CUDA build).
+    index=()
+    [ -z "${TORCH_INDEX_URL:-}" ] || index=(--extra-index-url "$TORCH_INDEX_URL")
+    if ! stage 2/5 "$torch (CPU build)" "${pip[@]}" "${index[@]}" "$torch+cpu"; then
+      say "no CPU build of $torch found: taking the platform's default; set TORCH_INDEX_URL to an index of CPU builds to save a few GB"
       must 2/5 "$torch" "${pip[@]}" "$torch"
+    fi
   fi
   must 3/5 "packages" "${pip[@]}" -r "$req/cpu.txt" -r "$req/dev.txt"
   must 4/5 "SGLang" "${pip[@]}" --no-deps -r "$req/cpu-no-deps.txt"
@@ -117,8 +120,9 @@ fi
 site=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n%s\n' "$root" "$root/slime_ta_opd" >"$site/ta_opd_dev.pth"
 rm -f "$site/ta_opd_hooks.pth"
-if [ "$profile" = cpu ]; then  # transformers imports torchvision, whose wheel expects CUDA: mended in every process, when it is imported
-  printf 'import slime.backends.sglang_utils.cpu_support.hooks as _h; _h.install_torchvision_schema()\n' >"$site/ta_opd_hooks.pth"
+if [ "$profile" = cpu ]; then  # transformers imports torchvision, whose wheel expects CUDA: mended when it is imported, in every process
+  printf 'import importlib.util as u; exec("try:\\n s=u.spec_from_file_location(\\"_cpu_support_hooks\\", %s)\\n m=u.module_from_spec(s)\\n s.loader.exec_module(m)\\n m.install_torchvision_schema()\\nexcept Exception:\\n pass")\n' \
+    "'$root/slime_ta_opd/slime/backends/sglang_utils/cpu_support/hooks.py'" >"$site/ta_opd_hooks.pth"
 fi
 must 5/5 "check" "$py" -c 'import importlib.util as u, megatron.core, ray, ta_opd, slime, torch, transformers; assert u.find_spec("sglang")'
 if ! { printf '%s\n' "$wanted" >"$stamp.new" && mv "$stamp.new" "$stamp"; }; then die "no space left to finish $venv"; fi

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from slime.rollout.prompt_file import PromptRow, read_prompt_file
 from slime.rollout.sample_state import sample_from_state, sample_to_state
+from slime.rollout.sampling import shared_ids
 from slime.utils.types import Sample
 from ta_opd.errors import ConfigError, DataError
 
@@ -124,7 +125,7 @@ class PromptDataSource:
                 group_index=self.next_group,
                 index=self.next_index,
                 prompt=source.prompt,
-                tokens=ids.tolist(),
+                tokens=shared_ids(ids.tolist()),
                 label=source.label,
                 metadata={**source.metadata, "prompt_row": row},
             )

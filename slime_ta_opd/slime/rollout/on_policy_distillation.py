@@ -44,7 +44,7 @@ async def score_sample(args: Any, sample: Any, client: Any) -> None:
         if k and needs_exact(args):
             sample.teacher_at_student_ids = np.zeros((0, k), np.float32)
         return
-    reply = await client.score(sample.tokens, length, k)
+    reply = await client.score(sample.tokens, length, k, whole=getattr(args, "score_whole_sequence", False))
     sample.teacher_log_probs = reply.log_probs
     if k == 0:
         return

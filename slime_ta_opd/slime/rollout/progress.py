@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-_QUIET_SECONDS, _LINE_SECONDS = 2.0, 10.0
+_QUIET_SECONDS, _LINE_SECONDS = 2.0, 15.0
 
 
 class Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,14 @@ from ta_opd.errors import ServiceError
 from ta_opd.topk import TopK
 
 _EMPTY_ABORTS = 50
+_ids: list[int] = []
+
+
+def shared_ids(ids: Sequence[int]) -> list[int]:
+    """The same ids as objects that all samples share: 8 bytes a token instead of 36."""
+    if len(ids):
+        _ids.extend(range(len(_ids), max(ids) + 1))
+    return [_ids[i] for i in ids]
 
 
 def sampling_params(args: Any, evaluation: bool = False) -> dict[str, Any]:
@@ -69,7 +78,7 @@ async def sample_response(
 def append_reply(sample: Sample, reply: Any, top_k: int) -> None:
     """Adds the sampled tokens and their arrays to `sample` and sets its status."""
     before, new = sample.response_length, len(reply.output_ids)
-    sample.tokens = [*sample.tokens, *reply.output_ids]
+    sample.tokens = [*sample.tokens, *shared_ids(reply.output_ids)]
     sample.response_length = before + new
     if len(reply.log_probs) == new:
         parts = [] if sample.rollout_log_probs is None else [sample.rollout_log_probs]

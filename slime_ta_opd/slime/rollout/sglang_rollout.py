@@ -39,6 +39,7 @@ class _Rollout:
         path = getattr(args, "custom_generate_function_path", None)
         self.custom = load_function(path, "--custom-generate-function-path") if path else None
         self.scoring = not evaluation and getattr(args, "opd_type", "sglang") == "sglang" and bool(clients.teachers)
+        self.score_last = getattr(args, "score_after_generation", False)
         self.tokenizer = load_tokenizer(args.hf_checkpoint, getattr(args, "trust_remote_code", False))
         self.stop_now = False
         self.sampled_at = self.scored_at = self.begin = time.monotonic()
@@ -79,6 +80,8 @@ class _Rollout:
                                 f"accepted {len(kept)} of {wanted}; loosen it or give it easier prompts"
                             )
                 await self._give_back(pending, restart_unfinished=not getattr(args, "partial_rollout", False))
+                pending.clear()
+                await _gather([self._score(sample) for group in kept for sample in group])
             except BaseException:
                 await self._cancel(pending)
                 self._return_groups(kept + list(pending.values()), restart_unfinished=True)
@@ -101,12 +104,17 @@ class _Rollout:
         if sample.status is Sample.Status.ABORTED:
             return
         sample.response = self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
-        if self.scoring and sample.teacher_log_probs is None:
-            began = time.monotonic()
-            await score_sample(self.args, sample, self.clients.teacher_of(sample.metadata))
-            self.scored_at = time.monotonic()
-            self.score_seconds += self.scored_at - began
+        if not self.score_last:
+            await self._score(sample)
         self.progress.update()
+
+    async def _score(self, sample: Sample) -> None:
+        if not self.scoring or sample.teacher_log_probs is not None:
+            return
+        began = time.monotonic()
+        await score_sample(self.args, sample, self.clients.teacher_of(sample.metadata))
+        self.scored_at = time.monotonic()
+        self.score_seconds += self.scored_at - began
 
     async def _sample(self, sample: Sample) -> None:
         client = self.clients.student

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -121,11 +119,12 @@ class SGLangClient(Controls):
         top_k: int = 0,
         token_ids: Sequence[int] | None = None,
         *,
+        whole: bool = False,
         prefer: str | None = None,
     ) -> wire.ScoreReply:
         """Log-probs of the last `response_length` ids at temperature 1, the top-K there, and those of `token_ids`."""
         self._check_ids(input_ids)
-        payload = wire.score_payload(input_ids, response_length, top_k, token_ids)
+        payload = wire.score_payload(input_ids, response_length, top_k, token_ids, whole)
         parse = functools.partial(wire.parse_score, response_length=response_length, top_k=top_k, token_ids=token_ids)
         return await self._request("/generate", payload, parse, prefer=prefer)
 
@@ -343,36 +342,10 @@ class _BadAnswer(DataError):
 _background: set[asyncio.Task] = set()
 
 
-class _WithoutCollector:
-    """Keeps the cyclic garbage collector off while replies are parsed: their many short-lived lists would set it off again and
-    again, each time over all of torch's objects, and none of them is ever part of a cycle."""
-
-    def __init__(self):
-        self._lock, self._depth, self._was_on = threading.Lock(), 0, False
-
-    def __enter__(self):
-        with self._lock:
-            if self._depth == 0:
-                self._was_on = gc.isenabled()
-                gc.disable()
-            self._depth += 1
-
-    def __exit__(self, *exc):
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0 and self._was_on:
-                gc.enable()
-
-
-_without_collector = _WithoutCollector()
-
-
 def _timed(parse: Callable[[bytes], T], raw: bytes) -> tuple[T, float]:
     """The parsed reply and the processor seconds it took."""
     began = time.thread_time()
-    with _without_collector:
-        result = parse(raw)
-    return result, time.thread_time() - began
+    return parse(raw), time.thread_time() - began
 
 
 def _describe(error: BaseException) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import orjson
 
 from ta_opd.errors import DataError
+from ta_opd.reply import collector_paused, loads, read_reply
 from ta_opd.slime_patch import teacher
 from ta_opd.topk import TopK, gathered_logprobs, sampled_logprobs
 
@@ -53,9 +53,11 @@ def generate_payload(input_ids: Sequence[int], sampling_params: dict, top_k: int
 
 
 def score_payload(
-    input_ids: Sequence[int], response_length: int, top_k: int = 0, token_ids: Sequence[int] | None = None
+    input_ids: Sequence[int], response_length: int, top_k: int = 0, token_ids: Sequence[int] | None = None, whole: bool = False
 ) -> dict:
-    """Scores the last `response_length` of `input_ids` and nothing before; top-K as base64 arrays where the server can.
+    """Scores the last `response_length` of `input_ids` and nothing before (`whole`: everything, for comparison).
+
+    The top-K comes as base64 arrays where the server can.
 
     logprob_start_len is the last prompt token: the server answers null for the position it starts at, so the first value
     that counts is that of the first response token. DataError without a prompt token before the response.
@@ -67,7 +69,7 @@ def score_payload(
         )
     if token_ids is not None and not len(token_ids):
         token_ids = None
-    payload = teacher.score_payload(input_ids, response_length, top_k, token_ids=token_ids)
+    payload = teacher.score_payload(input_ids, response_length, top_k, token_ids=token_ids, whole=whole)
     if top_k > 0:
         payload |= {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
     return payload
@@ -89,14 +91,6 @@ def windows_payload(input_ids: Sequence[int], windows: Sequence[tuple[int, int, 
     }
 
 
-def load(raw: bytes) -> dict | list:
-    """The JSON of a reply; DataError when it is cut off or no JSON."""
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"reply of {len(raw)} bytes is not JSON ({error}); it was probably cut off") from error
-
-
 def _meta(reply) -> dict:
     meta = reply.get("meta_info") if isinstance(reply, dict) else None
     if not isinstance(meta, dict):
@@ -111,12 +105,17 @@ def _finish(meta: dict) -> str:
 
 def parse_generate(raw: bytes, top_k: int = 0, log_probs: bool = True) -> GenerateReply:
     """DataError where ids, log-probs and top-k do not have one length."""
-    reply = load(raw)
+    if top_k > 0:
+        reply, topk = read_reply(raw, "student", top_k, _count_ids(raw))
+    else:
+        reply, topk = loads(raw), None
     meta = _meta(reply)
     ids = reply.get("output_ids")
     if ids is None:
         raise DataError("generate: the reply holds no output_ids")
-    values, topk = np.empty(0, np.float32), None
+    if topk is not None and len(topk) != len(ids):
+        raise DataError(f"generate: expected the top-k of {len(ids)} tokens, got {len(topk)}")
+    values = np.empty(0, np.float32)
     if log_probs:
         entries = meta.get("output_token_logprobs")
         if entries is None or len(entries) != len(ids):
@@ -125,16 +124,24 @@ def parse_generate(raw: bytes, top_k: int = 0, log_probs: bool = True) -> Genera
         values = sampled_logprobs(entries, len(ids))
         if not np.isfinite(values).all():
             raise DataError(f"generate: {int((~np.isfinite(values)).sum())} of {len(ids)} log-probs are not finite")
-    if top_k > 0:
-        topk = TopK.from_reply(meta, "student", top_k, len(ids))
     return GenerateReply(
         ids, values, topk, _finish(meta), str(meta.get("weight_version", "")), reply.get("text") or "", len(raw)
     )
 
 
+def _count_ids(raw: bytes) -> int:
+    """Number of output_ids, from the text."""
+    begin = raw.find(b'"output_ids":[')
+    end = raw.find(b"]", begin)
+    if begin < 0 or end < 0:
+        raise DataError("generate: the reply holds no output_ids")
+    ids = raw[begin + len(b'"output_ids":[') : end].strip()
+    return ids.count(b",") + 1 if ids else 0
+
+
 def parse_score(raw: bytes, response_length: int, top_k: int = 0, token_ids: Sequence[int] | None = None) -> ScoreReply:
     """DataError where fewer than `response_length` positions came back or a log-prob is missing."""
-    meta = _meta(load(raw))
+    meta = _meta(loads(raw))
     if _finish(meta) == "abort":
         raise DataError("score: the server aborted the request")
     if meta.get("input_token_logprobs") is None:
@@ -149,7 +156,7 @@ def parse_score(raw: bytes, response_length: int, top_k: int = 0, token_ids: Seq
 
 def parse_windows(raw: bytes, windows: Sequence[tuple[int, int, Sequence[int]]]) -> list[np.ndarray]:
     """float32 [end - begin, len(ids)] for each window, in the order of `ids`."""
-    replies = load(raw)
+    replies = loads(raw)
     if not isinstance(replies, list) or len(replies) != len(windows):
         got = len(replies) if isinstance(replies, list) else 1
         raise DataError(f"score: expected {len(windows)} windows back, got {got}")
@@ -196,7 +203,8 @@ def _gathered(meta: dict, length: int, token_ids: Sequence[int]) -> np.ndarray:
         raise DataError(f"score: expected log-probs of asked ids at {length} positions, got {len(entries)}")
     entries = entries[len(entries) - length :]
     try:  # the usual case: every position answers all ids in the order they were asked
-        flat = np.array([[entry[0] for entry in position] for position in entries], np.float32).reshape(length, -1)
+        with collector_paused():
+            flat = np.array([[entry[0] for entry in position] for position in entries], np.float32).reshape(length, -1)
         if flat.shape[1] == len(token_ids) and [entry[1] for entry in entries[0]] == list(token_ids):
             return flat
     except (TypeError, ValueError, IndexError):
