@@ -4,14 +4,20 @@ numpy's own vector exp and log may differ from the C library's (which Python's `
 make a tie between two scores, so arrays in float64, the parity dtype of this package, go through here; float32 uses numpy's fast ones.
 """
 
+import functools
 import math
 
 import numpy as np
 
-try:
-    from scipy.special import xlogy as _xlogy
-except ImportError:  # scipy is not needed by the port to a stock slime
-    _xlogy = None
+
+@functools.cache
+def _xlogy():
+    """scipy's x * log(y), which takes log from the C library, or None: numpy alone is enough, only slower."""
+    try:
+        from scipy.special import xlogy
+    except ImportError:
+        return None
+    return xlogy
 
 
 def exp(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -30,8 +36,9 @@ def log(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """log(x) in the dtype of x, x > 0."""
     if x.dtype != np.float64:
         return np.log(x, out=out)
-    if _xlogy is not None:
-        return _xlogy(1.0, x, out=out)
+    xlogy = _xlogy()
+    if xlogy is not None:
+        return xlogy(1.0, x, out=out)
     out = np.empty_like(x) if out is None else out
     out[...] = np.fromiter(map(math.log, x.ravel().tolist()), np.float64, x.size).reshape(x.shape)
     return out
