@@ -19,6 +19,11 @@ from ta_opd.slime_patch.options import reply_dtype
 from ta_opd.token_bank import jsonio
 from ta_opd.topk import PAD_ID, TopK, gathered_logprobs, last_positions, sampled_logprobs
 
+try:
+    from ta_opd.reply import read_reply
+except ImportError:  # needs orjson, which the port may not have
+    read_reply = None
+
 WINDOW = 16
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _gates: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]" = weakref.WeakKeyDictionary()
@@ -118,11 +123,15 @@ async def score_sample(options: Any, sample: Any, url: str, images: list | None 
         payload = score_payload(tokens, length, k, whole=bool(images))
         if images:
             payload["image_data"] = images
-        meta_info = _meta_info(await _post(options, session, url, payload), url)
+        content = await _post(options, session, url, payload)
+        meta_info, topk = _read(content, url, k, length, reply_dtype(options))
+        del content
         sample.teacher_log_probs = reply_logprobs(meta_info, length)
         if k == 0:
             return
-        sample.teacher_topk = TopK.from_reply(meta_info, "teacher", k, length, dtype=reply_dtype(options))
+        if topk is None:
+            topk = TopK.from_reply(meta_info, "teacher", k, length, dtype=reply_dtype(options))
+        sample.teacher_topk = topk
         if options.opd_exact_cmass:
             known_LK = merge_known(sample.student_topk.ids, sample.teacher_topk)
             if not images:  # with images the server's positions are only known from the end
@@ -136,7 +145,7 @@ async def _ask_missing(options, session, url, tokens, length, student_ids_LK, kn
 
     async def ask(start: int, end: int, ids: np.ndarray) -> None:
         payload = score_payload(tokens[: prompt + end], end - start, 0, token_ids=ids)
-        meta_info = _meta_info(await _post(options, session, url, payload), url)
+        meta_info = _meta_info(_parse(await _post(options, session, url, payload), url), url)
         entries = last_positions(meta_info.get("input_token_ids_logprobs"), end - start, "input_token_ids_logprobs")
         answer = gathered_logprobs(entries, student_ids_LK[start:end], dtype=known_LK.dtype)
         block = known_LK[start:end]
@@ -175,6 +184,17 @@ def _meta_info(reply: Any, url: str) -> dict:
     return meta_info
 
 
+def _read(content: bytes, url: str, k: int, length: int, dtype: type) -> tuple[dict, TopK | None]:
+    """meta_info of a reply, and its top-k where the fast reader takes it (then meta_info lacks the lists)."""
+    if k > 0 and read_reply is not None:
+        try:
+            reply, topk = read_reply(content, "teacher", k, length, dtype=dtype)
+            return _meta_info(reply, url), topk
+        except (DataError, KeyError, TypeError):
+            pass  # not as expected: the general way reads it, or says what is wrong
+    return _meta_info(_parse(content, url), url), None
+
+
 def _gate(options: Any) -> asyncio.Semaphore:
     loop = asyncio.get_running_loop()
     if loop not in _gates:
@@ -182,8 +202,8 @@ def _gate(options: Any) -> asyncio.Semaphore:
     return _gates[loop]
 
 
-async def _post(options: Any, session: aiohttp.ClientSession, url: str, payload: dict) -> Any:
-    """The parsed reply; failures of the network and of a busy server are tried again with growing pauses."""
+async def _post(options: Any, session: aiohttp.ClientSession, url: str, payload: dict) -> bytes:
+    """The reply's bytes; failures of the network and of a busy server are tried again with growing pauses."""
     body, problem = jsonio.dumps(payload), ""
     for attempt in range(int(options.request_retries) + 1):
         if attempt:
@@ -192,7 +212,7 @@ async def _post(options: Any, session: aiohttp.ClientSession, url: str, payload:
             async with _gate(options), session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
                 content = await response.read()
             if response.status < 400:
-                return _parse(content, url)
+                return content
             problem = f"HTTP {response.status}: {content[:300].decode(errors='replace')}"
             if response.status not in _RETRIED:
                 break

@@ -141,6 +141,8 @@ def _numbers(value: object, rows: int, column: Column) -> pa.Array:
 
 
 def _text(value: object, rows: int, column: Column) -> pa.Array:
+    if isinstance(value, np.ndarray) and value.size and value.strides == (0,):  # one value, broadcast
+        value = str(value[0])
     if isinstance(value, str):
         return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value]))
     values = np.asarray(value)

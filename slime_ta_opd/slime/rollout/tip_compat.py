@@ -315,15 +315,16 @@ def _identity(options: SimpleNamespace, scored: list[_Scored], token_ids_T, vali
     place = position_columns(lengths_N)
 
     def spread(values: list) -> np.ndarray:
-        return np.repeat(np.array(values), lengths_N)
+        return np.repeat(np.array(values, object if isinstance(values[0], str) else None), lengths_N)
 
     def number(name: str) -> np.ndarray:  # NaN where a sample has none
         values = [getattr(s.sample, name, None) for s in scored]
         return spread([np.nan if v is None else v for v in values] if None in values else values)
 
+    teachers = [_teacher_name(options, s.sample) for s in scored]
     return {
         "pair_id": options.opd_token_bank_pair_id,
-        "teacher_name": spread([_teacher_name(options, s.sample) for s in scored]),
+        "teacher_name": teachers[0] if len(set(teachers)) == 1 else spread(teachers),
         "student_name": str(options.opd_student_name or getattr(options, "hf_checkpoint", None) or ""),
         "seed": getattr(options, "seed", None),
         "sample_index": number("index"),
