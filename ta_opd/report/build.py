@@ -16,7 +16,7 @@ from ta_opd.report import health, heatmap, page
 from ta_opd.report.loading import FIXED_CONTEXT_FILE, Suite, load, sample_bank
 from ta_opd.report.statistics import DRAWS, Resampler, outcome
 from ta_opd.report.style import Picture, arm_styles
-from ta_opd.report.summary import headline, shown, summary, write_tables
+from ta_opd.report.summary import ON_PAGE, headline, shown, summary, write_tables
 from ta_opd.report.vocabulary import Vocabulary, load_vocabulary
 
 MIB = 1 << 20
@@ -79,7 +79,7 @@ def build_report(directory: str | Path, output: str | Path | None = None, option
             samples[key] = sample
     checks = [check for key, runs in arms.items() for run in runs for check in health.check_run(run, samples.get(key) if run is runs[0] else None)]
     kinds = token_figures.kind_table(samples, vocabulary) if vocabulary and samples else pd.DataFrame()
-    pictures = draw(suite, outcomes, styles, samples, kinds)
+    pictures = draw(suite, outcomes, styles, samples, kinds, vocabulary)
     room = options.max_bytes - sum(len(p.svg.encode()) for p in pictures.values()) - MIB // 4
     heat = heatmap.build(suite, vocabulary, max_bytes=room, notes=suite.notes)
     table = summary(suite, outcomes)
@@ -91,8 +91,8 @@ def build_report(directory: str | Path, output: str | Path | None = None, option
     sentences, warned = headline(suite, outcomes), health.warnings(checks)
     text = page.render(
         pictures=pictures, heat=heat if heat["blocks"] else None, title=suite.title, facts=page_facts(suite), headline=sentences,
-        summary=shown(table), several_seeds=any(len(r) > 1 for r in arms.values()), draws=f"{options.draws:,}",
-        summary_rows=page.swatch_rows(shown(table), [styles[k].color for k in arms], list(arms).index(order[0]) if _judged(outcomes) else None),
+        summary=shown(table, ON_PAGE), several_seeds=any(len(r) > 1 for r in arms.values()), draws=f"{options.draws:,}",
+        summary_rows=page.swatch_rows(shown(table, ON_PAGE), [styles[k].color for k in arms], list(arms).index(order[0]) if _judged(outcomes) else None),
         warnings=warned, calm=_calm(checks), notes=suite.notes, checks=checks, has_tokens=bool(samples),
         has_contexts=any(run.contexts is not None for run in suite.runs), fixed_context_file=FIXED_CONTEXT_FILE, settings=settings(suite),
         files=[f"{beside.name}/{p.name}" for p in [*picture_files, *table_files]], footer=f"Made by ta_opd {__version__}. Everything is inside this file.",
@@ -107,7 +107,7 @@ def build_report(directory: str | Path, output: str | Path | None = None, option
     return Report(html, picture_files, table_files, table, sentences, warned, suite.notes)
 
 
-def draw(suite: Suite, outcomes, styles, samples, kinds) -> dict[str, Picture]:
+def draw(suite: Suite, outcomes, styles, samples, kinds, vocabulary: Vocabulary | None) -> dict[str, Picture]:
     """All pictures that the suite has data for, by name."""
     arms = suite.arms
     made = [
@@ -117,6 +117,7 @@ def draw(suite: Suite, outcomes, styles, samples, kinds) -> dict[str, Picture]:
         outcome_figures.kept_tokens(arms, styles),
         outcome_figures.budget_curve(outcomes, styles),
         health.curves(arms, samples, styles),
+        token_figures.response_strip(samples, styles, vocabulary),
         token_figures.plane(samples, styles),
         token_figures.token_kinds(kinds, samples, styles),
         token_figures.positions(samples, styles),

@@ -33,7 +33,7 @@ def glance(suite: Suite, outcomes: dict[ArmKey, Outcome], styles: Styles) -> Pic
     order = best_first(outcomes)[::-1]
     panels = [("accuracy_before", "accuracy_after", "Held-out accuracy", True)] if any(outcomes[k].accuracy_after.known for k in order) else []
     if any(outcomes[k].kl_after.known for k in order):
-        panels.append(("kl_before", "kl_after", "KL(teacher ‖ student) on frozen contexts, nats a token", False))
+        panels.append(("kl_before", "kl_after", "KL to the teacher, frozen contexts (nats)", False))
     if not panels:
         return None
     teacher = suite.facts.get("teacher_accuracy")
@@ -57,8 +57,8 @@ def glance(suite: Suite, outcomes: dict[ArmKey, Outcome], styles: Styles) -> Pic
                     ax.axvline(teacher, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
                     ax.text(teacher, len(order) - 0.42, "teacher ", ha="right", va="top", color=SOFT, fontsize=8.5)
             else:
-                ax.set_xlim(left=0)
-                ax.margins(x=0.14)
+                ends = [e for k in order for o in [outcomes[k]] for e in (o.kl_before.value, o.kl_after.value, o.kl_after.high)]
+                ax.set_xlim(0, 1.06 * np.nanmax(ends))
         sizes = _sizes(outcomes)
         return picture(
             figure, "glance", "At a glance",
@@ -118,7 +118,7 @@ def reverse_kl(arms: Arms, styles: Styles) -> Picture | None:
         rollouts = max(len(run.metrics) for runs in arms.values() for run in runs)
         return picture(
             figure, "reverse_kl", "Reverse KL over training",
-            "Mean of log p(student) − log p(teacher) of the sampled tokens. Thin: every rollout; thick: moving mean of 9. Compare methods at the "
+            "Mean of log p(student) − log p(teacher) of the sampled tokens. Thin: every rollout; thick: moving mean. Compare methods at the "
             f"left: the right panel averages over the tokens that each method chose. {rollouts} rollouts.",
             "Line plot of reverse KL against rollout, one line a method.",
         )  # fmt: skip
@@ -178,7 +178,8 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
             colors.append(styles[key].color)
             asked.append(key.ratio)
         valid_mean = np.nanmean([np.nanmean(r.column("rollout/valid_tokens")) for runs in arms.values() for r in runs])
-        axes[0].set(title="Kept tokens of each rollout", xlabel="rollout", ylabel="tokens", yscale="log")
+        axes[0].set(title="Kept tokens of each rollout", xlabel="rollout", ylabel="tokens")
+        axes[0].set_ylim(0, 1.15 * valid_mean)
         axes[0].axhline(valid_mean, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
         axes[0].text(0, valid_mean, " valid tokens (mean)", va="bottom", fontsize=8.5, color=SOFT)
         y = np.arange(len(labels))[::-1]

@@ -15,6 +15,7 @@ from ta_opd.report.vocabulary import KINDS, Vocabulary, kinds_in_context
 Samples = Mapping[ArmKey, BankSample]
 BINS = 20
 POSITION_BINS = 10
+STRIP_TOKENS = 40
 QUADRANT_LABELS = ((0.98, 0.985, "Q1", "right"), (0.98, 0.015, "Q2", "right"), (0.02, 0.985, "Q3", "left"), (0.02, 0.015, "Q4", "left"))
 
 
@@ -58,10 +59,21 @@ def plane(samples: Samples, styles: Styles) -> Picture | None:
         bar.outline.set_visible(False)
         return picture(
             figure, "plane", "Entropy–divergence plane, coloured by compatibility",
-            f"Each square: tokens in that bin, its size the number of tokens (square root), its colour their mean C. Lines: medians of all valid tokens, "
-            f"which cut the four quadrants. {usable[first].caption}.",
+            "Each square: the tokens in that bin, its size their number (logarithmic), its colour their mean C. Lines: medians of all valid tokens, "
+            f"which cut the four quadrants. {_spread_of_c(usable[first].table)}{usable[first].caption}.",
             "Binned scatter of entropy against divergence, coloured by compatibility, one panel a method.",
         )  # fmt: skip
+
+
+def _spread_of_c(table: pd.DataFrame) -> str:
+    """The spread of C; says so when it hardly varies, because teachability then rests on very small differences."""
+    c = table["Cmass"].to_numpy(float)[valid_rows(table)]
+    c = c[np.isfinite(c)]
+    if not len(c):
+        return ""
+    low, high = np.quantile(c, [0.05, 0.95])
+    note = "; it hardly varies here, and normalisation stretches these small differences to 0–1" if high - low < 0.05 else ""
+    return f"C before normalisation: {low:.4f} to {high:.4f} (5 % to 95 % quantile){note}. "
 
 
 def _plane_panel(ax, table: pd.DataFrame, title: str, all_valid: pd.DataFrame | None = None):
@@ -71,7 +83,7 @@ def _plane_panel(ax, table: pd.DataFrame, title: str, all_valid: pd.DataFrame | 
     count = np.bincount(cell, minlength=BINS * BINS)
     mean = np.bincount(cell, weights=c, minlength=BINS * BINS) / np.maximum(count, 1)
     where = np.flatnonzero(count)
-    size = 8 + 92 * np.sqrt(count[where] / max(count.max(), 1))
+    size = 14 + 116 * np.log1p(count[where]) / np.log1p(max(count.max(), 1))
     image = ax.scatter((where // BINS + 0.5) / BINS, (where % BINS + 0.5) / BINS, s=size, c=mean[where], cmap="cividis", vmin=0, vmax=1, marker="s",
                        linewidths=0.3, edgecolors="white")  # fmt: skip
     reference = table if all_valid is None else all_valid
@@ -79,9 +91,10 @@ def _plane_panel(ax, table: pd.DataFrame, title: str, all_valid: pd.DataFrame | 
         ax.axvline(np.median(reference["H_norm"].fillna(0)), color=SOFT, linewidth=0.9)
         ax.axhline(np.median(reference["D_norm"].fillna(0)), color=SOFT, linewidth=0.9)
     for px, py, name, ha in QUADRANT_LABELS:
-        ax.text(px, py, name, transform=ax.transAxes, ha=ha, va="top" if py > 0.5 else "bottom", fontsize=8.5, color=SOFT, weight="bold")
+        ax.text(px, py, name, transform=ax.transAxes, ha=ha, va="top" if py > 0.5 else "bottom", fontsize=8.5, color=INK, weight="bold", zorder=6,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2})  # fmt: skip
     ax.set_title(f"{title}\nn = {len(table):,}", fontsize=9.3)
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.set(xlim=(-0.06, 1.06), ylim=(-0.08, 1.08))
     return image
 
 
@@ -105,10 +118,10 @@ def positions(samples: Samples, styles: Styles) -> Picture | None:
             ax.axhline(ratio, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
             ax.text(1.0, ratio, "budget", ha="right", va="bottom", fontsize=8.5, color=SOFT)
         ax.set(xlabel="position in the response (0 = first token, 1 = last)", ylabel="share of valid tokens kept", xlim=(0, 1), ylim=(0, None))
-        ax.set_yticks(ax.get_yticks(), [f"{100 * t:.0f} %" for t in ax.get_yticks()])
+        ax.set_yticks(ax.get_yticks(), [f"{100 * t:.3g} %" for t in ax.get_yticks()])
         ax.legend()
         some = next(iter(selecting.values()))
-        return picture(figure, "positions", "Where in the response kept tokens sit", f"Tenths of each response; {some.caption} a method.",
+        return picture(figure, "positions", "Where in the response kept tokens sit", f"Tenths of each response. {some.caption} a method.",
                        "Share of tokens kept against position, one line a method.")  # fmt: skip
 
 
@@ -152,7 +165,7 @@ def token_kinds(table: pd.DataFrame, samples: Samples, styles: Styles) -> Pictur
             x = np.arange(len(kinds)) + (i - (len(groups) - 1) / 2) * width
             ax.bar(x, values, width=width * 0.92, color=color, label=label, edgecolor=SOFT if i == 0 else "white", linewidth=0.5)
         ax.set_xticks(range(len(kinds)), kinds)
-        ax.set_yticks(ax.get_yticks(), [f"{100 * t:.0f} %" for t in ax.get_yticks()])
+        ax.set_yticks(ax.get_yticks(), [f"{100 * t:.3g} %" for t in ax.get_yticks()])
         ax.set(ylabel="share of tokens")
         ax.grid(axis="x", visible=False)
         ax.legend(ncols=min(3, len(groups)))
@@ -163,6 +176,70 @@ def token_kinds(table: pd.DataFrame, samples: Samples, styles: Styles) -> Pictur
             f"{some.caption} a method.",
             "Grouped bars of token kinds among valid and kept tokens.",
         )  # fmt: skip
+
+
+def response_strip(samples: Samples, styles: Styles, vocabulary: Vocabulary | None) -> Picture | None:
+    """One response of the first rollout, its tokens coloured by Dlearn, the kept ones framed: a row for each selecting method."""
+    from matplotlib import colormaps
+    from matplotlib.patches import FancyBboxPatch, Rectangle
+
+    selecting = [k for k in samples if k.mask != "full"][:6]
+    if not selecting or vocabulary is None:
+        return None
+    chosen = _telling_response(samples[selecting[0]].table)
+    if chosen is None:
+        return None
+    rollout, sample = chosen
+    rows = []
+    for key in selecting:
+        table = samples[key].table
+        own = table[(table["rollout_id"] == rollout) & (table["sample_index"] == sample)].head(STRIP_TOKENS)
+        if len(own):
+            rows.append((key, own))
+    length = max(len(own) for _, own in rows)
+    cividis = colormaps["cividis"]
+    with drawing() as plt:
+        figure, ax = plt.subplots(figsize=(10.6, 0.55 * len(rows) + 0.75))
+        for y, (_, own) in zip(range(len(rows))[::-1], rows, strict=True):
+            kept = kept_rows(own)
+            for x, (token, score) in enumerate(zip(own["token_id"], own["Dlearn"].fillna(0), strict=True)):
+                red, green, blue, _ = cividis(score)
+                dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
+                ax.add_patch(Rectangle((x + 0.06, y + 0.1), 0.88, 0.72, facecolor=(red, green, blue), linewidth=0))
+                if kept[x]:
+                    for width, edge in ((4.2, INK), (1.6, "white")):
+                        ax.add_patch(FancyBboxPatch((x + 0.05, y + 0.09), 0.9, 0.74, boxstyle="round,pad=0,rounding_size=0.06", fill=False,
+                                                    edgecolor=edge, linewidth=width, zorder=3))  # fmt: skip
+                text = vocabulary.text(int(token)).replace("\n", "⏎").strip("<|>")[:6]
+                ax.text(x + 0.5, y + 0.46, text, ha="center", va="center", color="white" if dark else "black", fontsize=min(11, 22 / max(len(text), 2)),
+                        family="DejaVu Sans Mono", weight="bold" if kept[x] else "normal", zorder=4)  # fmt: skip
+        ax.set(xlim=(-0.1, length + 0.1), ylim=(-0.05, len(rows) + 0.02), xticks=[])
+        ax.set_yticks([len(rows) - 1 - i + 0.46 for i in range(len(rows))], [styles[k].label for k, _ in rows])
+        ax.tick_params(length=0)
+        ax.grid(visible=False)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        bar = figure.colorbar(plt.cm.ScalarMappable(cmap="cividis", norm=plt.Normalize(0, 1)), ax=ax, shrink=0.85, pad=0.012, aspect=10)
+        bar.set_label("Dlearn")
+        bar.outline.set_visible(False)
+        same = all(rows[0][1]["token_id"].tolist() == own["token_id"].tolist() for _, own in rows)
+        return picture(
+            figure, "response", "One response, and what each method keeps of it",
+            f"Rollout {rollout}, sample {sample}. Colour: Dlearn; framed: kept. "
+            + ("All methods saw the same response here, since they start from one student with equal seeds." if same else "Each method's own response."),
+            "A response as a row of coloured tokens for each method, kept tokens framed.",
+        )  # fmt: skip
+
+
+def _telling_response(table: pd.DataFrame) -> tuple[int, int] | None:
+    """(rollout, sample) of the response of the first rollout that kept most tokens among those that fit one line."""
+    first = table[(table["rollout_id"] == table["rollout_id"].min()) & table["sample_index"].notna()]
+    if first.empty:
+        return None
+    by_sample = first.assign(kept=kept_rows(first)).groupby("sample_index").agg(kept=("kept", "sum"), length=("tok_pos", "size"), score=("Dlearn", "sum"))
+    fitting = by_sample[by_sample["length"] <= STRIP_TOKENS]
+    ranked = (fitting if len(fitting) else by_sample).sort_values(["kept", "score"], kind="stable")
+    return int(first["rollout_id"].iloc[0]), int(ranked.index[-1])
 
 
 def quadrant_gain(suite: Suite, styles: Styles) -> Picture | None:

@@ -122,8 +122,8 @@ def curves(arms, samples, styles) -> Picture | None:
         axes[3].set_title(f"repeated {NGRAM}-grams", fontsize=9.3)
         for ax in axes:
             ax.set_xlabel("rollout")
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, max(ax.get_ylim()[1] * 1.05, 0.01))
         figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(samples) + 1))
         return picture(figure, "health", "Signs of collapse",
-                       "Moving means of 9 rollouts at the left; sampled rollouts of the token bank at the right. A student that only learns to be short, "
+                       "Moving means at the left; sampled rollouts of the token bank at the right. A student that only learns to be short, "
                        "certain or repetitive can still show a small divergence.", "Four line plots over training, one line a method.")  # fmt: skip

@@ -197,7 +197,7 @@ class BankSample:
 
     @property
     def caption(self) -> str:
-        what = "all" if len(self.rollouts) == self.of else f"{len(self.rollouts)} of"
+        what = "All" if len(self.rollouts) == self.of else f"{len(self.rollouts)} of"
         return f"{what} {self.of} rollouts, {len(self.table):,} tokens"
 
 

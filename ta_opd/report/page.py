@@ -61,8 +61,9 @@ def palettes(stops: int = 33) -> dict[str, list[list[int]]]:
 
 
 def swatch_rows(table, colors: Sequence[str], best: int | None) -> list[dict]:
-    """Rows of the summary for the template."""
-    return [
-        {"cells": [str(c) for c in row], "color": color, "best": i == best}
-        for i, (row, color) in enumerate(zip(table.itertuples(index=False), colors, strict=True))
-    ]
+    """Rows of the summary for the template; `value [low, high]` is split into value and interval."""
+    rows = []
+    for i, (row, color) in enumerate(zip(table.itertuples(index=False), colors, strict=True)):
+        cells = [(value, f"[{rest}" if rest else "") for value, _, rest in (str(cell).partition(" [") for cell in row)]
+        rows.append({"cells": cells, "color": color, "best": i == best})
+    return rows

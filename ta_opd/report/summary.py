@@ -14,12 +14,11 @@ from ta_opd.report.loading import ArmKey, Run, Suite
 from ta_opd.report.statistics import Estimate, Outcome, difference
 
 FULL = ArmKey("full", 1.0)
-SHOWN = (
-    ("method", "method"), ("mask", "mask"), ("budget", "budget asked"), ("budget_real", "budget real"), ("seeds", "seeds"),
-    ("accuracy_before", "accuracy before"), ("accuracy_after", "accuracy after"), ("vs_full", "accuracy − full OPD"),
-    ("kl_before", "frozen KL before"), ("kl_after", "frozen KL after"), ("kl_drop", "KL drop"), ("gap_closed", "gap to teacher closed"),
-    ("reverse_kl_first", "reverse KL, first"), ("reverse_kl_last", "reverse KL, last"), ("rollouts", "rollouts"), ("seconds", "seconds"),
-)  # fmt: skip
+ON_PAGE = {
+    "method": "method", "budget": "budget", "budget_real": "really kept", "accuracy_before": "accuracy before", "accuracy_after": "accuracy after",
+    "vs_full": "points over full OPD", "gap_closed": "gap to teacher closed", "kl_before": "frozen KL before", "kl_after": "frozen KL after",
+    "kl_drop": "KL cut", "reverse_kl_last": "reverse KL at the end", "seconds": "seconds",
+}  # fmt: skip
 WINDOW = 0.1
 
 
@@ -129,10 +128,10 @@ def _show(e: Estimate, accuracy: bool) -> str:
     return f"{e.value:.3f} nats [{e.low:.3f}, {e.high:.3f}]"
 
 
-def shown(table: pd.DataFrame) -> pd.DataFrame:
+def shown(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     """The summary as people read it: text cells, `value [low, high]`, columns that nobody has left out."""
     out = {}
-    for name, title in SHOWN:
+    for name, title in columns.items():
         if name not in table or table[name].isna().all():
             continue
         out[title] = [_cell(name, row) for row in table.to_dict("records")]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+from tqdm import tqdm
 
 from ta_opd.errors import ServiceError
 
@@ -32,8 +33,10 @@ def servers(student: Path, teacher: Path, *, context: int, logs: Path) -> Iterat
     try:
         for server in started:
             server.start()
-        for server in started:
-            server.wait_ready(timeout=300, progress=say)
+        with tqdm(total=len(started), desc="servers", unit="server", dynamic_ncols=True) as bar:
+            for server in started:
+                server.wait_ready(timeout=300, progress=lambda line: bar.refresh())
+                bar.update()
         yield started[0].url, started[1].url
     finally:
         for server in started:

@@ -65,7 +65,9 @@
     for (let i = 0; i <= 16; i++) stops.push("rgb(" + color(i / 16, paletteFor(quantity)).join(",") + ")");
     $("bar").style.background = "linear-gradient(90deg," + stops.join(",") + ")";
     $("low").textContent = number(low); $("high").textContent = number(high) + (quantity.scale === "unit" ? "" : " or more");
-    $("note").textContent = quantity.label + ": " + quantity.note;
+    $("note").textContent = quantity.key === "pair" ? quantity.note : quantity.label + ": " + quantity.note;
+    $("ring").hidden = !block.selects;
+    $("ring").textContent = block.kind === "frozen" ? "would be kept" : "kept";
     $("caption").textContent = block.caption + (block.selects ? "" : ". This method keeps every token, so no ring is drawn") + ".";
   }
   function panel(block, response, quantity, title) {
@@ -125,7 +127,7 @@
     const box = $("details"); box.replaceChildren();
     const left = document.createElement("div"), what = document.createElement("p"), code = document.createElement("code"), table = document.createElement("table");
     what.className = "what"; code.textContent = shown(text(block, t));
-    what.append(code, " token " + (i + 1) + " of " + response.length + (block.selects ? (isKept(block, t) ? ", kept" : ", not kept") : ""));
+    what.append(code, " token " + (i + 1) + " of " + response.length + (block.selects ? (block.kind === "frozen" ? (isKept(block, t) ? ", would be kept" : ", would not be kept") : (isKept(block, t) ? ", kept" : ", not kept")) : ""));
     for (const q of block.quantities) if (q.key !== "pair") row(table, q.label, number(value(block, q.key, t)));
     for (const [key, name] of Object.entries(block.raw)) row(table, name, number(value(block, key, t)));
     left.append(what, table); box.append(left);
