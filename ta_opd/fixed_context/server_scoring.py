@@ -2,13 +2,16 @@
 
 Both servers return their K best tokens at every response position. What is missing for exact values (the teacher's log-prob at the
 student's tokens, and the other way round) is asked for over short windows. Full-vocabulary entropies and divergences are not available
-this way: the table has no `*_full` columns, and gains are those of KLf_union and KLr_union. The servers' softmax runs over their own
-(padded) vocabularies.
+this way: the table has no `*_full` columns, and gains are those of KLf_union and KLr_union. Each server's softmax runs over its own
+(padded) vocabulary; where the two sizes differ, ids outside the shared part are left out of the top-K and never asked for (a server may
+die of an id it does not know). Sizes are read from the config.json at the path a server reports, or given as `shared_vocab`.
 """
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,16 +24,20 @@ from ta_opd.fixed_context.scoring import Parts
 from ta_opd.fixed_context.server import GenerateClient
 from ta_opd.topk import PAD_ID, TopK, gathered_logprobs, last_positions
 
+SPARE = 8  # ids asked for beyond K where the vocabularies differ
+
 
 @dataclass(frozen=True)
 class ServerScoringConfig:
-    """topk: as in ScoringConfig. window: response positions of one request for missing log-probs; max_ids: most ids of such a request."""
+    """topk: as in ScoringConfig. window: response positions of one request for missing log-probs; max_ids: most ids of such a request.
+    shared_vocab: ids at or above it are cut (default: the smaller of the two vocabularies, where both are known)."""
 
     topk: tuple[int, ...] = (16,)
     concurrency: int = 16
     timeout: float = 600.0
     window: int = 16
     max_ids: int = 512
+    shared_vocab: int | None = None
     contexts_per_part: int = 100
     raw_topk: bool = True
 
@@ -42,11 +49,12 @@ def score_contexts_on_servers(
 
     Raises ServiceError when a server does not answer, DataError when it returns fewer positions or tokens than asked for.
     """
-    from pathlib import Path
-
     started = time.perf_counter()
     clients = [GenerateClient(url, timeout=config.timeout, concurrency=config.concurrency) for url in (student_url, teacher_url)]
     models = [client.model_path() for client in clients]
+    config, margin = _with_shared_vocabulary(config, models)
+    if config.shared_vocab is not None and contexts.max_token() >= config.shared_vocab:
+        raise DataError(f"the bank holds token {contexts.max_token()}, but the servers share {config.shared_vocab}; is the bank of another tokenizer?")
     record = {
         "kind": "fixed_context_metrics", "bank_fingerprint": contexts.fingerprint, "student": models[0], "teacher": models[1],
         "topk": list(config.topk), "max_response_tokens": int(contexts.scored_len.max()), "contexts": len(contexts), "through": "servers",
@@ -55,7 +63,7 @@ def score_contexts_on_servers(
     parts = Parts(Path(work_dir), plan, len(contexts))
     for part in parts.todo():
         which = parts.contexts(part)
-        scored = list(clients[0].map(lambda i: _score_one(contexts, i, clients, config), which))
+        scored = list(clients[0].map(lambda i: _score_one(contexts, i, clients, config, margin), which))
         arrays = {name: np.concatenate([one[name] for one in scored]) for name in scored[0]}
         parts.finish(part, _build(contexts, which, arrays, config))
         log(f"part {part + 1} of {parts.count}: {len(arrays['student_logp'])} positions")
@@ -63,10 +71,27 @@ def score_contexts_on_servers(
     return table, record | {"positions": len(table), "seconds": {"total": round(time.perf_counter() - started, 3)}}
 
 
-def _score_one(contexts: Contexts, i: int, clients, config: ServerScoringConfig) -> dict[str, np.ndarray]:
+def _with_shared_vocabulary(config: ServerScoringConfig, models: list[str]) -> tuple[ServerScoringConfig, int]:
+    """The config with `shared_vocab` filled in where it can be known, and how many ids more than K to ask for, so that K are left."""
+    sizes = [_vocab_size(path) for path in models]
+    known = [size for size in (*sizes, config.shared_vocab) if size is not None]
+    if not known:
+        return config, 0
+    shared = min(known)
+    return replace(config, shared_vocab=shared), SPARE if len(set(known)) > 1 else 0
+
+
+def _vocab_size(model_path: str) -> int | None:
+    try:
+        return int(json.loads((Path(model_path) / "config.json").read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _score_one(contexts: Contexts, i: int, clients, config: ServerScoringConfig, margin: int) -> dict[str, np.ndarray]:
     """Arrays of one context's rows, names as in `dense.row_metrics`."""
     tokens, length, K = contexts.tokens[i].tolist(), int(contexts.scored_len[i]), max(config.topk)
-    sides = [_topk_and_logprobs(client, tokens, length, K) for client in clients]
+    sides = [_topk_and_logprobs(client, tokens, length, K, margin, config.shared_vocab) for client in clients]
     (student, student_logp), (teacher, teacher_logp) = sides
     return {
         "student_logp": student_logp, "teacher_logp": teacher_logp,
@@ -77,11 +102,16 @@ def _score_one(contexts: Contexts, i: int, clients, config: ServerScoringConfig)
     }  # fmt: skip
 
 
-def _topk_and_logprobs(client: GenerateClient, tokens: list[int], length: int, K: int) -> tuple[TopK, np.ndarray]:
+def _topk_and_logprobs(client: GenerateClient, tokens: list[int], length: int, K: int, margin: int, vocab) -> tuple[TopK, np.ndarray]:
     from ta_opd.slime_patch.teacher import reply_logprobs, score_payload
 
-    meta = client.generate(score_payload(tokens, length, K))["meta_info"]
-    topk = TopK.from_reply(meta, "teacher", K, length, dtype=np.float64)
+    asked = K + margin
+    meta = client.generate(score_payload(tokens, length, asked))["meta_info"]
+    topk = TopK.from_reply(meta, "teacher", asked, length, dtype=np.float64)
+    if margin and vocab is not None:
+        inside = topk.ids < vocab
+        topk = TopK(np.where(inside, topk.ids, PAD_ID), np.where(inside, topk.logprobs, -np.inf)).checked()
+    topk = TopK(topk.ids[:, :K], topk.logprobs[:, :K])
     if (topk.ids == PAD_ID).any():
         raise DataError(f"{client.base}: asked for the {K} best tokens of {length} positions, got fewer at some; lower --topk")
     return topk, reply_logprobs(meta, length)

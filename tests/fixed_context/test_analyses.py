@@ -6,7 +6,13 @@ import pytest
 import statsmodels.api as sm
 
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.fixed_context.features import build_features, low_entropy_high_divergence, parse_quantile_pair, resolve_columns, with_gains
+from ta_opd.fixed_context.features import (
+    build_features,
+    low_entropy_high_divergence,
+    parse_quantile_pair,
+    resolve_columns,
+    with_gains,
+)
 from ta_opd.fixed_context.gain import GainConfig, analyze_gain, write_gain
 from ta_opd.fixed_context.matching import match_within_groups
 from ta_opd.fixed_context.regions import RegionConfig, quartile_of, within_q3, write_within_q3

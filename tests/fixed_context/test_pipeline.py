@@ -103,7 +103,7 @@ def read_table_of(n):
 
 def test_checkpoints_of_a_run_are_converted(config, models, tmp_path):
     root = torch_dist(tmp_path / "ckpt", (2, 4, 10), 10)
-    convert = ("bash", "-c", "echo {iteration} {checkpoint_root} && mkdir -p {output} && cp -r %s/. {output}" % models["trained"])
+    convert = ("bash", "-c", f"echo {{iteration}} {{checkpoint_root}} && mkdir -p {{output}} && cp -r {models['trained']}/. {{output}}")
     run = PipelineConfig(**{**config.__dict__, "after_hf": {}, "save_dir": str(root), "convert_command": convert, "iterations": "all"})
     results = run_pipeline(run, **QUIET)
     assert results["convert"] == "done" and list(plan(run)) == [s for s in STEPS if s not in ("train", "report")]

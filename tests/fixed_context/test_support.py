@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 
 from ta_opd.errors import DataError
-from ta_opd.fixed_context.support import SupportConfig, definitions_of, parse_lists, support_robustness, with_set_columns, write_support
+from ta_opd.fixed_context.support import (
+    SupportConfig,
+    definitions_of,
+    parse_lists,
+    support_robustness,
+    with_set_columns,
+    write_support,
+)
 from tests.fixed_context.diagnostic_cases import paper_table
 
 
