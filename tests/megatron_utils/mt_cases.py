@@ -210,3 +210,34 @@ def save_hf(rank, ranks, port, model, out, **changes) -> dict[str, np.ndarray]:
     trainer, _ = make_trainer(rank, ranks, port, model, **changes)
     trainer.save_hf(out)
     return export(trainer)
+
+
+def train_lists(rank, ranks, port, model, batches, **changes) -> dict:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    metrics = [trainer.train(i, mt_tiny.shard_steps(b, trainer.dp_rank, trainer.dp_size)) for i, b in enumerate(batches)]
+    return {"metrics": metrics, "weights": export(trainer)}
+
+
+def train_not_finite(rank, ranks, port, model, data, **changes) -> dict:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    out = {"error": None, "metrics": None}
+    try:
+        out["metrics"] = trainer.train(0, mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size))
+    except Exception as error:
+        out["error"] = (type(error).__name__, str(error))
+    out["changed"] = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
+    return out
+
+
+def train_error(rank, ranks, port, model, data, **changes) -> tuple[str, str] | None:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    try:
+        trainer.train(0, mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size))
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def learning_rates(rank, ranks, port, model, data, steps, **changes) -> list[float]:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    return [trainer.train(i, data)["lr"] for i in range(steps)]

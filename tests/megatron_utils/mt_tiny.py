@@ -96,3 +96,9 @@ def shard(data: dict, rank: int, size: int) -> dict:
     out = {k: [v[i] for i in own] for k, v in data.items() if k != "steps"}
     out["steps"] = [{**data["steps"][0], "indices": list(range(len(own)))}]
     return out
+
+
+def shard_steps(data: dict, rank: int, size: int) -> dict:
+    """Like `shard` for data of several steps; one data-parallel rank only."""
+    assert size == 1
+    return data

@@ -18,14 +18,15 @@ _EPS = 1e-6
 
 
 def group_normalized(rewards: Sequence[float], groups: Sequence[int]) -> np.ndarray:
-    """(reward - mean of its group) / (standard deviation + 1e-6), float64 [N]; groups of one give 0."""
+    """(reward - mean of its group) / (sample standard deviation + 1e-6), float64 [N]; groups of one give 0."""
     rewards, groups = np.asarray(rewards, dtype=np.float64), np.asarray(groups)
     if rewards.shape != groups.shape:
         raise DataError(f"advantages: expected one group a reward, got {groups.shape} for {rewards.shape}")
     out = np.zeros_like(rewards)
     for group in np.unique(groups):
         own = groups == group
-        out[own] = (rewards[own] - rewards[own].mean()) / (rewards[own].std() + _EPS)
+        if own.sum() > 1:
+            out[own] = (rewards[own] - rewards[own].mean()) / (rewards[own].std(ddof=1) + _EPS)
     return out
 
 

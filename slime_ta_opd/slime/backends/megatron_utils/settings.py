@@ -53,18 +53,13 @@ class Settings:
     opd_loss_rows: str = "kept"
     opd_loss_reduction: str = "kept_token_mean"
     opd_log_valid_kl: str = "auto"
-    opd_recompute_student: bool = False
-    use_rollout_logprobs: bool = False
-    rollout_temperature: float = 1.0
     advantage_estimator: str = "grpo"
     normalize_advantages: bool = False
     gamma: float = 1.0
-    loss_chunk_rows: int = 2048
     skip_nan_steps: bool = False
     opd_teacher_load: str | None = None
     opd_teacher_ckpt_step: int | None = None
     opd_teacher_hf: str | None = None
-    teacher_model: str | None = None
 
     lr: float = 1e-6
     min_lr: float = 0.0
