@@ -100,13 +100,13 @@ def as_lists(topk: TopK) -> list:
     return [[[logprob, token, None] for logprob, token in zip(*row, strict=True)] for row in pairs]
 
 
-def loop_seconds_per_token(batch: dict, K: int, tokens: int) -> float:
+def loop_seconds_per_token(batch: dict, K: int, tokens: int, support: str) -> float:
     """CPU seconds a token of the plain Python loop (metrics, scores, selection) on the first tokens of the batch."""
     student, teacher = (as_lists(batch[name][:tokens]) for name in ("student", "teacher"))
     sampled = batch["sampled_ids"][:tokens].tolist()
 
     def loop():
-        table = oracle.rows([(student, teacher, sampled)], K)
+        table = oracle.rows([(student, teacher, sampled)], K, support)
         oracle.score(table, [True] * tokens)
         oracle.select(table, [True] * tokens, "Dlearn", 0.1)
 
@@ -164,11 +164,11 @@ def measure(T: int, K: int, mode: str, runs: int) -> dict:
     config = SelectionConfig(mask="dlearn_high", ratio=0.1, profile="released" if released else "paper")
     batch = synthetic_batch(T, K, dtype)
     cpu, wall = best_of(runs, lambda: select_from(batch, config, support))
-    loop = loop_seconds_per_token(batch, K, min(T, 2048))
+    loop = loop_seconds_per_token(batch, K, min(T, 2048), support)
     return {
         "tokens": T, "K": K, "mode": mode, "cpu_us_per_token": cpu / T * 1e6, "wall_us_per_token": wall / T * 1e6,
         "loop_us_per_token": loop * 1e6, "times_loop": loop * T / cpu,
-        "memory": peak_memory(min(T, 1 << 18), K, dtype, config, support),
+        "memory": peak_memory(T, K, dtype, config, support),
     }  # fmt: skip
 
 

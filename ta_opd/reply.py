@@ -23,7 +23,7 @@ try:
 except ImportError:
     pa = None
 
-_LINES = bytes.maketrans(b"]", b"\n")
+_LINES = bytes.maketrans(b":]", b",\n")
 _NEWLINE = 10
 
 
@@ -59,7 +59,7 @@ def read_reply(raw: bytes, side: str, K: int, length: int, *, dtype=np.float32) 
     cut = _cut_field(raw, REPLY_FIELD[side].encode()) if pa is not None and K > 0 and length > 0 else None
     if cut is not None:
         start, end = cut
-        topk = _regular_topk(raw[start:end], K, length, dtype)
+        topk = _regular_topk(raw, start, end, K, length, dtype)
         if topk is not None:
             return loads(raw[:start] + b"null" + raw[end:]), topk
     with collector_paused():
@@ -71,21 +71,21 @@ def _cut_field(raw: bytes, field: bytes) -> tuple[int, int] | None:
     """Where the value of a top-k field starts and ends, or None when it does not look regular."""
     key = b'"' + field + b'":'
     at = raw.find(key)
-    if at < 0 or raw.find(key, at + len(key)) >= 0:
-        return None
     start = at + len(key)
-    if not (raw.startswith(b"[[[", start) or raw.startswith(b"[null,[[", start)):
+    if at < 0 or not raw.startswith(b"{") or not raw.startswith((b"[[[", b"[null,[["), start):
         return None
     next_name = raw.find(b'"', start)
     end = raw.rfind(b"]]]", start, next_name if next_name >= 0 else len(raw))
     return (start, end + 3) if end >= 0 else None
 
 
-def _regular_topk(text: bytes, K: int, length: int, dtype) -> TopK | None:
-    """TopK of `[[[logprob,id,null],...],...]` if every one of the positions has K unnamed entries, else None."""
-    # "[" goes, "]" ends a line, "null" becomes nothing: ",logprob,id," lines, an empty line after each position.
-    lines = b"," + text[6 if text.startswith(b"[null,") else 1 : -1].translate(_LINES, b"[ nul")
-    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == _NEWLINE)
+def _regular_topk(raw: bytes, start: int, end: int, K: int, length: int, dtype) -> TopK | None:
+    """TopK of `[[[logprob,id,null],...],...]` in raw[start:end] if every position has K unnamed entries, else None."""
+    # From the ":" before it, or from the "," behind a leading null. "[" goes, "]" ends a line, "null" becomes nothing: lines of
+    # ",logprob,id,", an empty line after each position and one more at the end.
+    first = start + 5 if raw.startswith(b"[null,", start) else start - 1
+    lines = raw[first:end].translate(_LINES, b"[ nul")
+    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == _NEWLINE)[:-1]
     if ends.size % (K + 1) or ends.size // (K + 1) < length:
         return None
     ends_TK = ends.reshape(-1, K + 1)
