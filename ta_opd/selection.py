@@ -7,6 +7,7 @@ position in the response, then by row; the budget's worth of the best are kept. 
 `min_keep` kept tokens, either inside the budget (its best tokens go first) or on top of it (as released).
 """
 
+import numbers
 import random as python_random
 from dataclasses import dataclass, field, fields, replace
 
@@ -135,7 +136,7 @@ class SelectionConfig:
                 object.__setattr__(self, name, value)
         for name, allowed in _CHOICES.items():
             _choice(f"budget {name}", getattr(self, name), allowed)
-        if not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
+        if not (isinstance(self.ratio, numbers.Real) and 0 < self.ratio <= 1):
             raise ConfigError(f"budget ratio: expected a number in (0, 1], got {self.ratio!r}")
         if not 0 <= self.gamma <= 1:
             raise ConfigError(f"budget gamma: expected a number in [0, 1], got {self.gamma!r}")
@@ -146,6 +147,12 @@ class SelectionConfig:
     @property
     def selector(self) -> Selector:
         return load_selector(self.selector_path) if self.selector_path else get_selector(self.mask)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the mask leaves every valid token in, unlooked at: none, full, and as released any released mask at ratio 1."""
+        released = self.profile == "released" and self.ratio >= 1 and not self.selector_path and self.mask in RELEASED_MASKS
+        return self.selector.name == "none" or released
 
     def score_config(self) -> ScoreConfig:
         return ScoreConfig(**{f.name: getattr(self, f.name) for f in fields(ScoreConfig)})
@@ -211,11 +218,11 @@ def select_tokens(
     if num_valid == 0:
         warnings.append("no valid token in the batch: nothing is kept")
         picked = _Picked.nothing(T)
-    elif selector.name == "none" or (config.ratio >= 1 and config.profile == "released"):
-        picked = _Picked(valid_T, np.ones(T, np.float32), np.zeros(T, np.float32), num_valid, 0)
+    elif config.keeps_everything:
+        picked = _Picked(valid_T.copy(), np.ones(T, np.float32), np.zeros(T, np.float32), num_valid, 0)
     else:
         picked = _pick(batch, rows, selector, config, warnings)
-    if config.quadrant_cut == "rank" and num_valid:
+    if selector.candidates == "q3" and config.quadrant_cut == "rank" and num_valid:
         chosen = valid_T if config.population == "valid" else np.ones(T, bool)
         for axis in degenerate_medians(columns, chosen):
             warnings.append(f"at least half of the tokens share the lowest {axis}: quadrants go by its rank instead of its median")
@@ -311,6 +318,8 @@ def _checked(values, T: int, name: str, what: str) -> np.ndarray:
         values_T = values_T.astype(np.float64)
     if np.isnan(values_T).any():
         raise DataError(f"selector {name!r}: {int(np.isnan(values_T).sum())} of {T} {what}s are NaN; give 0 instead")
+    if what == "weight" and not (np.isfinite(values_T) & (values_T >= 0)).all():
+        raise DataError(f"selector {name!r}: weights must be finite and not negative, got {values_T.min()} to {values_T.max()}")
     return values_T
 
 

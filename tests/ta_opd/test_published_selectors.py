@@ -166,6 +166,13 @@ def test_iw_opd_weights_fall_from_one_and_a_half_to_one():
     np.testing.assert_allclose(same.weights, 1.5)
 
 
+def test_weights_apply_at_ratio_one_in_both_profiles():
+    for profile in ("paper", "released"):
+        assert select("sure", ratio=1.0, profile=profile).weights.max() > 1
+    assert SelectionConfig(mask="q3", profile="released").keeps_everything
+    assert not SelectionConfig(mask="q3").keeps_everything and SelectionConfig(mask="full").keeps_everything
+
+
 def test_fire_drops_unlikely_responses_and_normalises_the_weights():
     rng = np.random.default_rng(0)
     T, lengths = 50, [5] * 10
@@ -257,6 +264,9 @@ def test_own_selectors_are_checked():
         select("test_nan", ratio=0.5)
     register("test_weights", Scored(np.zeros(12), weights=np.full(12, np.nan)))
     with pytest.raises(DataError, match="weights are NaN"):
+        select("test_weights", ratio=0.5)
+    register("test_weights", Scored(np.zeros(12), weights=np.append(np.ones(11), -1)))
+    with pytest.raises(DataError, match="not negative, got -1.0 to 1.0"):
         select("test_weights", ratio=0.5)
     with pytest.raises(ConfigError, match="'tip' is taken"):
         register_selector("mine", aliases=("tip",))(lambda batch: None)
