@@ -28,6 +28,7 @@ from ta_opd.errors import ConfigError, ServiceError
 
 logger = logging.getLogger(__name__)
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
+_SCRATCH_ROOT = "/tmp" if os.path.isdir("/tmp") else None
 _STOP_SECONDS = 15.0
 _LOG_LINES, _LOG_WIDTH, _LOG_BYTES = 25, 240, 65536
 
@@ -56,6 +57,34 @@ def check_port(host: str, port: int) -> None:
             s.bind((host, port))
         except OSError as error:
             raise ConfigError(f"port {port} on {host} is in use ({error.strerror}); give another one or none") from error
+
+
+def remove_leftovers() -> None:
+    """Removes files of servers whose supervisor was killed together with the process that had started them."""
+    for folder in Path(_SCRATCH_ROOT or tempfile.gettempdir()).glob(f"sgl-*-{_namespace()}-*"):
+        pid = folder.name.split("-")[1]
+        try:
+            if pid.isdigit() and not psutil.pid_exists(int(pid)) and folder.stat().st_uid == os.getuid():
+                _remove_scratch(folder)
+        except OSError:
+            continue
+
+
+def _namespace() -> int:
+    """Number of the space that process ids are counted in: containers may share a /tmp."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _remove_scratch(folder: Path) -> None:
+    try:
+        for name in (folder / "shared_memory").read_text().split():
+            Path(name).unlink(missing_ok=True)
+    except OSError:
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class SGLangServer:
@@ -143,8 +172,9 @@ class SGLangServer:
             check_port(self.host, self.wanted_port)
         self.port = self.wanted_port or free_port(self.host)
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers()
         # Short path: SGLang puts its sockets there, and a socket's path holds about 100 characters.
-        scratch = self._scratch = tempfile.mkdtemp(prefix="sgl-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        scratch = self._scratch = tempfile.mkdtemp(prefix=f"sgl-{os.getpid()}-{_namespace()}-", dir=_SCRATCH_ROOT)
         with self.log_file.open("ab") as log:
             self._log_start = log.tell()
             log.write(f"\n$ {' '.join(self.command())}\n".encode())
@@ -227,7 +257,7 @@ class SGLangServer:
             except subprocess.TimeoutExpired:
                 process.kill()  # the server's parent-death signal ends it, too
                 process.wait()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        _remove_scratch(Path(self._scratch))
         self._process = None
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:

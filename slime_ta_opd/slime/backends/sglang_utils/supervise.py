@@ -67,6 +67,14 @@ def _shared_memory(pids):
     return found
 
 
+def _note(scratch, files):
+    """Writes their names down, for whoever cleans up should this process be killed."""
+    if files:
+        with open(os.path.join(scratch, "shared_memory"), "a") as file:
+            file.write("".join(name + "\n" for name in files))
+    return files
+
+
 def _remove(files):
     for file in files:
         try:
@@ -121,7 +129,7 @@ def main(argv):
     try:
         while code is None and not _asked_to_stop and os.getppid() == parent:
             if rounds % 50 == 0:
-                shared |= _shared_memory(_children(os.getpid()))
+                shared |= _note(scratch, _shared_memory(_children(os.getpid())) - shared)
             rounds += 1
             code = _reap().get(server.pid)
             if code is None:

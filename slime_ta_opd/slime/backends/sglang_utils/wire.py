@@ -106,7 +106,10 @@ def _finish(meta: dict) -> str:
 def parse_generate(raw: bytes, top_k: int = 0, log_probs: bool = True) -> GenerateReply:
     """DataError where ids, log-probs and top-k do not have one length."""
     if top_k > 0:
-        reply, topk = read_reply(raw, "student", top_k, _count_ids(raw))
+        try:
+            reply, topk = read_reply(raw, "student", top_k, _count_ids(raw))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"generate: malformed reply ({type(error).__name__}: {error})") from error
     else:
         reply, topk = loads(raw), None
     meta = _meta(reply)

@@ -121,9 +121,9 @@ def _sample_with_seed(module) -> None:
         low = mix(high ^ 0x9E3779B9)
         uniform = (high.double() * 2.0**32 + low.double() + 0.5) / 2.0**64
         cumulative = torch.softmax(logprobs.double(), dim=-1).cumsum_(dim=-1)
-        total = cumulative[:, -1]
+        total = cumulative[:, -1].contiguous()
         index = torch.searchsorted(cumulative, (uniform * total).unsqueeze(1), right=True)
-        last = torch.searchsorted(cumulative, total.unsqueeze(1))  # the last column of non-zero probability
+        last = torch.searchsorted(cumulative, total.unsqueeze(1).contiguous())  # the last column of non-zero probability
         return torch.minimum(index, last)
 
     module.multinomial_with_seed = multinomial_with_seed

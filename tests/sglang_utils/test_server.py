@@ -1,0 +1,187 @@
+"""Start, watch and end of a server: with a stand-in for SGLang's command, so that this takes seconds."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slime.backends.sglang_utils.secret import Secret
+from slime.backends.sglang_utils.server import SGLangServer, _namespace, free_port, is_loopback
+from ta_opd.errors import ConfigError, ServiceError
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+class StandIn(SGLangServer):
+    mode = ""
+
+    def command(self):
+        return [sys.executable, str(STAND_IN), str(self.port), self.mode]
+
+
+@pytest.fixture
+def server(tmp_path):
+    made = []
+
+    def make(mode="", **kwargs):
+        one = StandIn("model", log_file=tmp_path / "logs" / "server.log", device="cpu", **kwargs)
+        one.mode = mode
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def gone(pids, seconds=10):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def grown(server, count=4):
+    deadline = time.monotonic() + 10
+    while len(server.pids()) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = server.pids()
+    assert len(pids) >= count
+    return pids
+
+
+@pytest.mark.parametrize("mode", ["", "stubborn"])
+def test_stop_ends_everything_it_started_and_nothing_else(server, mode):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        one = server(mode).start().wait_ready(30)
+        pids, scratch = grown(one), one._scratch
+        assert one.alive() and os.path.isdir(scratch)
+        one.stop()
+        assert gone(pids, 2) and not one.alive() and not os.path.exists(scratch)
+        assert bystander.poll() is None
+        one.stop()  # a second time does nothing
+    finally:
+        bystander.kill()
+
+
+def test_files_of_a_server_killed_with_its_parent_are_swept_at_the_next_start(server):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = Path(f"/tmp/sgl-{ended.pid}-{_namespace()}-left")
+    left.mkdir()
+    shared = Path("/dev/shm/sglang_test_left.shm")
+    shared.write_text("")
+    (left / "shared_memory").write_text(f"{shared}\n")
+    one = server().start()
+    assert not left.exists() and not shared.exists() and os.path.isdir(one._scratch)
+
+
+def test_it_can_be_started_again(server):
+    one = server().start().wait_ready(30)
+    first = one.pid
+    one.stop()
+    one.start().wait_ready(30)
+    assert one.alive() and one.pid != first
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_no_server_outlives_its_parent(tmp_path, sign):
+    script = (
+        "import sys, time; sys.path[:0] = {path!r}\n"
+        "from tests.sglang_utils.test_server import StandIn, grown\n"
+        "one = StandIn('model', log_file={log!r}, device='cpu').start().wait_ready(30)\n"
+        "print(*grown(one), one._scratch, flush=True); time.sleep(600)\n"
+    ).format(path=sys.path, log=str(tmp_path / "log"))
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        *pids, scratch = parent.stdout.readline().split()
+        pids = [int(p) for p in pids]
+        assert all(psutil.pid_exists(p) for p in pids)
+        parent.send_signal(sign)
+        parent.wait(10)
+        assert gone(pids)
+        assert not os.path.exists(scratch)
+    finally:
+        parent.kill()
+
+
+def test_killing_the_supervisor_ends_the_server(server):
+    one = server().start().wait_ready(30)
+    _, main, *below = grown(one)
+    try:
+        os.kill(one.pid, signal.SIGKILL)
+        assert gone([main])  # SGLang's own children end with it by the same signal
+        assert not one.alive()
+    finally:
+        for pid in below:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_server_that_dies_shows_the_end_of_its_log(server):
+    with pytest.raises(ServiceError, match="exit code 3.*(?s:.*)no memory left for the KV cache"):
+        server("die").start().wait_ready(30)
+
+
+def test_a_server_that_does_not_answer_is_ended(server):
+    one = server("silent").start()
+    pids, lines = grown(one), []
+    with pytest.raises(ServiceError, match="did not answer within 6 s"):
+        one.wait_ready(6, lines.append)
+    assert gone(pids) and lines and "starting" in lines[0]
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(server):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        one = server(port=port)
+        with pytest.raises(ConfigError, match=f"port {port}.*in use"):
+            one.start()
+        assert one.pid is None
+
+
+def test_the_key_is_nowhere_to_be_seen(tmp_path):
+    class ShowsItself(SGLangServer):
+        def command(self):
+            return [sys.executable, str(STAND_IN), str(self.port)]
+
+    server = ShowsItself("model", host="127.0.0.1", api_key="hush-hush", log_file=tmp_path / "log", device="cpu")
+    assert "hush" not in " ".join(SGLangServer.command(server) if server.port else []) and "hush" not in repr(vars(server))
+    server.start().wait_ready(30)
+    try:
+        for process in (psutil.Process(p) for p in server.pids()):
+            assert "hush" not in " ".join(process.cmdline())
+        assert "hush" not in (tmp_path / "log").read_text()
+        assert "hush" not in " ".join(SGLangServer.command(server))
+    finally:
+        server.stop()
+
+
+def test_addresses_other_than_loopback_get_a_key():
+    assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost") and not is_loopback("0.0.0.0")
+    assert SGLangServer("m").api_key is None
+    open_server = SGLangServer("m", host="0.0.0.0", advertise="10.0.0.1")
+    assert len(open_server.api_key) > 20
+    assert SGLangServer("m", host="0.0.0.0", api_key="given").api_key == "given"
+
+
+def test_secret_pickles_and_hides():
+    import pickle
+
+    secret = pickle.loads(pickle.dumps(Secret("abc")))
+    assert secret == "abc" and repr(secret) == "'***'" and repr({"key": secret}) == "{'key': '***'}" and f"Bearer {secret}" == "Bearer abc"
+
+
+def test_free_ports_differ():
+    assert len({free_port("127.0.0.1") for _ in range(5)}) > 1

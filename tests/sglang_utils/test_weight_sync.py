@@ -1,0 +1,82 @@
+"""Buckets, the ways of a sync, and snapshots on disk; the syncs themselves run in test_real_servers.py."""
+
+import base64
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slime.backends.sglang_utils.weight_bucket import flatten, serialize_for_engine
+from slime.backends.sglang_utils.weight_sync import _with_last, choose_way, write_hf_folder
+from ta_opd.errors import ConfigError, ServiceError
+
+
+def tensors():
+    return [("a", torch.arange(6, dtype=torch.bfloat16).view(2, 3)), ("b", torch.randn(5)), ("c", torch.randn(4, 2).t())]
+
+
+def unpack(bucket):
+    out = {}
+    for meta in pickle.loads(base64.b64decode(serialize_for_engine(bucket)))["metadata"]:
+        assert meta.start_idx % meta.dtype.itemsize == 0 and meta.end_idx - meta.start_idx == meta.numel
+        out[meta.name] = bucket.tensor[meta.start_idx : meta.end_idx].view(meta.dtype).view(meta.shape)
+    return out
+
+
+def test_a_bucket_holds_every_tensor_at_an_address_its_dtype_can_be_read_from():
+    named = tensors()
+    bucket = flatten(named, "cpu")
+    assert bucket.dtypes == ["float32", "float32", "bfloat16"] and bucket.tensor.dtype == torch.uint8
+    found = unpack(bucket)
+    for name, tensor in named:
+        assert torch.equal(found[name], tensor)
+
+
+def test_the_ways():
+    assert choose_way("auto", True, "cuda") == "ipc"
+    assert choose_way("auto", False, "cuda") == choose_way("auto", True, "cpu") == "distributed"
+    assert choose_way("disk", True, "cuda") == "disk"
+    for asked, colocated, device in (("ipc", False, "cuda"), ("ipc", True, "cpu"), ("distributed", True, "cuda"), ("post", True, "cuda")):
+        with pytest.raises(ConfigError, match="--weight-sync"):
+            choose_way(asked, colocated, device)
+
+
+def test_the_last_bucket_is_known():
+    assert list(_with_last("abc")) == [("a", False), ("b", False), ("c", True)]
+    with pytest.raises(ServiceError, match="no weights"):
+        list(_with_last([]))
+
+
+def test_a_snapshot_is_whole_and_replaces_the_former_one(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text("old weights, not copied")
+    folder = tmp_path / "weights"
+    for step in range(2):
+        named = [(n, t + step) for n, t in tensors()]
+        size = write_hf_folder([named[:2], named[2:]], folder, model)
+        assert size == sum(t.numel() * t.element_size() for _, t in named)
+        found = {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+        assert all(torch.equal(found[n], t) for n, t in named)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "model-00001.safetensors", "model-00002.safetensors", "model.safetensors.index.json",
+    ]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "weights"]
+
+
+def test_a_failed_snapshot_leaves_the_former_one(tmp_path):
+    model, folder = tmp_path / "model", tmp_path / "weights"
+    model.mkdir()
+    write_hf_folder([tensors()], folder, model)
+
+    def broken():
+        yield tensors()[:1]
+        raise RuntimeError("the trainer died")
+
+    with pytest.raises(RuntimeError):
+        write_hf_folder(broken(), folder, model)
+    assert len(load_file(folder / "model-00001.safetensors")) == 3
+    assert SimpleNamespace(**load_file(folder / "model-00001.safetensors")).b.shape == (5,)
