@@ -246,7 +246,10 @@ opd_run() { # the whole of run_opd.sh and of its wrappers
 
 resolve_mask_name() { # an alias becomes the mask that train.py knows
   local mask
-  if [[ -n $OPD_SELECTOR_PATH || $OPD_BUDGET_MASK == none ]]; then return; fi
+  case $OPD_BUDGET_MASK in # names that are masks already need no Python
+    none | full | dlearn_high | ca_softor | split_budget_ca | entropy | tip | divergence | random | compatibility | q3 | q3_highc) return ;;
+  esac
+  if [[ -n $OPD_SELECTOR_PATH ]]; then return; fi
   if ! mask=$("$PY" -m ta_opd.suite.methods "$OPD_BUDGET_MASK"); then exit 2; fi
   OPD_BUDGET_MASK=$mask
 }

@@ -38,7 +38,7 @@ var() {
   _VAR_FLAG[$name]=${5-}
 }
 
-loosen() { _VAR_TYPE[$1]=str?; } # of a variable that this launcher fills in itself, after the declaration
+loosen() { _VAR_TYPE[$1]="str?"; } # of a variable that this launcher fills in itself, after the declaration
 
 die() { # one line, exit 2: a setting is wrong
   printf 'error: %s\n' "$*" >&2

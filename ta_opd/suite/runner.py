@@ -162,7 +162,8 @@ class Suite:
 
     def _run_step(self, name: str, step: Step, print_of_step: str, memory: mem.Memory, stop: list[int], label: str,
                   run_dir: Path | None) -> str:  # fmt: skip
-        log = self.settings.log_dir / (f"{name}_driver.log" if step.name == "train" else f"{name}_{step.name}.log")
+        prefix = f"{self.settings.tag}_{name}" if name == BASELINE_ROW else name
+        log = self.settings.log_dir / (f"{prefix}_driver.log" if step.name == "train" else f"{prefix}_{step.name}.log")
         record = {"fingerprint": print_of_step, "log": str(log)}
         if step.identity:
             record["identity"] = list(step.identity)

@@ -1,0 +1,50 @@
+"""Every script: shellcheck, --help from its declarations, and no path of a machine in it."""
+
+import re
+import subprocess
+
+import pytest
+
+from tests.launchers.conftest import ROOT, libraries, scripts
+
+
+@pytest.mark.parametrize("name", libraries())
+def test_shellcheck_libraries(name):
+    done = subprocess.run([ROOT / ".venv/bin/shellcheck", "-x", "-e", "SC1091,SC2154", name], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_shellcheck_launchers():
+    words = [ROOT / ".venv/bin/shellcheck", "-e", "SC1091,SC2154,SC2034", *scripts(), "scripts/cluster/slurm.sbatch"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_scripts_are_found_and_run():
+    assert len(scripts()) > 50
+    for name in scripts():
+        assert (ROOT / name).stat().st_mode & 0o111, f"{name} cannot be executed"
+        assert (ROOT / name).read_text().startswith("#!/usr/bin/env bash\n"), name
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_help_lists_every_variable_with_default_and_meaning(name, launch):
+    shown = launch(name, "--help", check=True)
+    listed = launch(name, "--variables", check=True).out.splitlines()
+    assert listed[0].startswith("about\t") and len(listed[0]) > 20
+    assert len(listed) > 4
+    for line in listed[1:]:
+        group, variable, kind, default, meaning, _flag = line.split("\t")
+        assert group and kind and len(meaning) >= 5, line
+        assert re.search(rf"^  {variable}={re.escape(default)}\s.*{re.escape(meaning)} \[{re.escape(kind)}\]$", shown.out, re.M), line
+
+
+def test_no_path_of_a_machine():
+    for name in [*scripts(), *libraries()]:
+        found = re.findall(r"/(?:home|root|work|mnt|path/to)/\S*", (ROOT / name).read_text())
+        assert not found, (name, found)
+
+
+def test_nothing_of_others_is_ever_stopped():
+    for name in [*scripts(), *libraries()]:
+        assert not re.search(r"\b(pkill|killall|ray stop)\b", (ROOT / name).read_text()), name

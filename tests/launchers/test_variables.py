@@ -1,0 +1,157 @@
+"""A wrong variable stops a launcher before anything starts, with its name, its value and what is expected."""
+
+import subprocess
+
+import pytest
+
+from tests.launchers.conftest import ROOT
+
+RUN = "scripts/train/run_opd.sh"
+SUITE = "scripts/train/run_teachability_opd_method_suite.sh"
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "value", "expected"),
+    [
+        (RUN, "TEACHER_MODEL", "/nowhere/teacher", "a Hugging Face model directory (with config.json)"),
+        (RUN, "STUDENT_HF", "/nowhere/student", "a Hugging Face model directory (with config.json)"),
+        (RUN, "STUDENT_TORCH_DIST", "/nowhere", "an existing directory"),
+        (RUN, "PROMPT_DATA", "/nowhere/train.jsonl", "a readable file"),
+        (RUN, "MEGATRON_LM_DIR", "/path/to/Megatron-LM", "an existing directory"),
+        (RUN, "SLIME_DIR", "/", "the directory of train.py"),
+        (RUN, "OUTPUT_ROOT", "/etc/passwd/outputs", "a directory that can be made (/etc/passwd is not writable)"),
+        (RUN, "RAY_GPUS", "0", "at least 3 GPU ids for ACTOR_NUM_GPUS_PER_NODE=2 + ROLLOUT_NUM_GPUS=1"),
+        (RUN, "RAY_GPUS", "0,1,1", "every GPU id once"),
+        (RUN, "TEACHER_GPU", "seven", "GPU ids separated by commas"),
+        (RUN, "OPD_BUDGET_RATIO", "10", "a fraction in (0, 1], such as 0.10 for ten percent"),
+        (RUN, "OPD_BUDGET_RATIO", "0", "a fraction in (0, 1]"),
+        (RUN, "OPD_BUDGET_RATIO", "0,1", "a fraction in (0, 1]"),
+        (RUN, "OPD_BUDGET_GAMMA", "1.5", "a number in [0,1]"),
+        (RUN, "NUM_ROLLOUT", "0", "an integer >= 1"),
+        (RUN, "NUM_ROLLOUT", "fifty", "an integer >= 1"),
+        (RUN, "SEED", "-1", "an integer >= 0"),
+        (RUN, "LR", "1e", "a number in (0,)"),
+        (RUN, "LR", "0", "a number in (0,)"),
+        (RUN, "COLOCATE", "yes", "0 or 1"),
+        (RUN, "OPD_TOKEN_BANK_FORMAT", "xml", "one of csv,jsonl,parquet"),
+        (RUN, "GLOBAL_BATCH_SIZE", "7", "a divisor of ROLLOUT_BATCH_SIZE x N_SAMPLES_PER_PROMPT = 8"),
+        (RUN, "ACTOR_NUM_GPUS_PER_NODE", "3", "ranks (times ACTOR_NUM_NODES) in a multiple of TP x PP x CP = 2"),
+        (RUN, "MODEL_SHAPE", "qwen9", "a file in scripts/models"),
+        (RUN, "TEACHER_PORT", "70000", "auto or a port number"),
+        (RUN, "RUN_NAME", "a b", "letters, digits, dot, dash and underscore only"),
+        (RUN, "TEACHER_URL", "http://127.0.0.1:1/generate", None),
+        (SUITE, "SEED_LABEL", "seed/1", "letters, digits, dot, dash and underscore only"),
+        (SUITE, "ON_ERROR", "ignore", "one of continue,stop"),
+        (SUITE, "COMMON_CONTEXT", "/nowhere.parquet", "a readable file"),
+    ],
+)
+def test_wrong_values(script, name, value, expected, launch, pair_variables, place):
+    variables = pair_variables("4b_to_1p7b") | {"TENSOR_MODEL_PARALLEL_SIZE": "2" if name == "ACTOR_NUM_GPUS_PER_NODE" else "1"}
+    variables |= {name: value}
+    done = launch(script, DRY_RUN="1", **variables)
+    assert done.code == 2
+    if expected is None:  # beside TEACHER_MODEL: one too many
+        assert "exactly one of TEACHER_MODEL, TEACHER_URL and TEACHERS, got 2" in done.err
+    else:
+        assert f"error: {name}={value}: expected {expected}" in done.err
+    assert not done.out
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("teachabilty:0.10:20", "entry 'teachabilty:0.10:20': unknown method 'teachabilty'; did you mean 'teachability'?"),
+        ("teachability:10:20", "entry 'teachability:10:20': expected a ratio in (0, 1], got 10; ten percent is 0.10"),
+        ("teachability", "entry 'teachability': expected method:ratio:index"),
+        ("teachability:0.1:x", "expected an index of 0 to 9999, got 'x'"),
+        ("teachability:0.1:10 dlearn_high:0.10:20", "are the same run (mask dlearn_high)"),
+    ],
+)
+def test_wrong_method_list(text, expected, launch, pair_variables):
+    done = launch(SUITE, METHOD_LIST=text, DRY_RUN="1", **pair_variables("4b_to_1p7b"))
+    assert done.code == 2
+    assert expected in done.err and "METHOD_LIST" in done.err
+
+
+def test_every_wrong_variable_is_named_at_once(launch, pair_variables):
+    done = launch(RUN, DRY_RUN="1", **(pair_variables("4b_to_1p7b") | {"LR": "x", "SEED": "y", "STUDENT_HF": "/nowhere"}))
+    assert [line.split("=")[0] for line in done.err.splitlines() if line.startswith("error")] == ["error: STUDENT_HF", "error: SEED", "error: LR"]
+
+
+def test_a_port_that_is_taken(launch, pair_variables):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = str(s.getsockname()[1])
+        done = launch(RUN, DRY_RUN="1", TEACHER_PORT=port, **pair_variables("4b_to_1p7b"))
+    assert done.code == 2
+    assert f"error: TEACHER_PORT={port}: expected a free port (something listens there already" in done.err
+
+
+def test_a_misspelt_opd_variable_is_noticed(launch, pair_variables):
+    done = launch(RUN, DRY_RUN="1", OPD_BUDGET_RATIOS="0.1", **pair_variables("4b_to_1p7b"))
+    assert done.code == 0
+    assert "warning: OPD_BUDGET_RATIOS is set, but this launcher has no such variable" in done.err
+
+
+def test_an_unknown_mask_names_the_nearest(launch, pair_variables):
+    done = launch(RUN, DRY_RUN="1", OPD_BUDGET_MASK="entropi", **pair_variables("4b_to_1p7b"))
+    assert done.code == 2
+    assert "OPD_BUDGET_MASK: unknown method 'entropi'; did you mean 'entropy'?" in done.err
+
+
+def test_a_wrapper_does_not_run_another_method(launch, pair_variables):
+    done = launch("scripts/train/run_teachability.sh", DRY_RUN="1", OPD_BUDGET_MASK="tip", **pair_variables("4b_to_1p7b"))
+    assert done.code == 2
+    assert "OPD_BUDGET_MASK=tip: expected dlearn_high, which run_teachability.sh is for" in done.err
+
+
+def test_values_with_blanks_and_quotes_reach_the_command_whole(launch, pair_variables, place):
+    variables = pair_variables("4b_to_1p7b") | {"CHAT_TEMPLATE_KWARGS": '{"enable_thinking": false}', "WANDB_PROJECT": "it's $HOME"}
+    done = launch(RUN, DRY_RUN="1", check=True, **variables)
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {done.out}"], capture_output=True, text=True, check=True).stdout.split("\0")
+    assert words[words.index("--apply-chat-template-kwargs") + 1] == '{"enable_thinking": false}'
+    assert words[words.index("--wandb-project") + 1] == "it's $HOME"
+
+
+def test_settings_can_follow_the_command(launch, pair_variables):
+    done = launch(RUN, "NUM_ROLLOUT=7", "DRY_RUN=1", "--", "--trace", check=True, **pair_variables("4b_to_1p7b"))
+    assert "--num-rollout 7" in done.out and done.out.rstrip().endswith("--trace")
+    assert launch(RUN, "NUM_ROLLOUTS=7").code == 2
+    assert launch(RUN, "--num-rollout").code == 2
+
+
+def test_defaults_are_expanded_once_and_user_values_never(tmp_path):
+    script = f"""
+        source {ROOT}/scripts/lib/run.sh
+        about "test"
+        var A str 'x$HOME' "a"
+        var B str '${{A}}-$A' "b"
+        var C str '$B/c' "c"
+        launcher_init
+        printf '%s\\n' "$A" "$B" "$C"
+    """
+    done = subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin", "HOME": "h", "A": "$HOME"}, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["$HOME", "$HOME-$HOME", "$HOME-$HOME/c"], done.stderr
+
+
+def test_numbers_with_leading_zeros_and_open_intervals():
+    script = f"""
+        source {ROOT}/scripts/lib/run.sh
+        about "test"
+        var N int:8:12 "" "n"
+        var X "float:(0,]" "" "x"
+        launcher_init && echo fine
+    """
+
+    def run(**env):
+        return subprocess.run(["bash", "-c", script], env={"PATH": "/usr/bin:/bin", **env}, capture_output=True, text=True).stdout.strip()
+
+    assert run(N="09", X=".5") == "fine"
+    assert run(N="12", X="1e9") == "fine"
+    assert run(N="13", X="1") == ""
+    assert run(N="9", X="0") == ""
+    assert run(N="9", X="1e-400") == ""
