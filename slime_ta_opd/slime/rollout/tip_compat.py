@@ -54,18 +54,19 @@ class _Scored:
         return self.sample.response_length
 
 
-def select_for_samples(args: Any, samples: Sequence[Any], rollout_id: int) -> dict[str, Any]:
+def select_for_samples(
+    args: Any, samples: Sequence[Any], rollout_id: int, exact: dict[str, Sequence[np.ndarray]] | None = None
+) -> dict[str, Any]:
     """Measure a rollout batch, select its tokens, queue its token bank; for samples that carry TopK arrays.
 
     Sets `sample.opd_weights` (float32 [L], 0 where not selected) where that attribute exists, else `sample.loss_mask`.
     Returns the selection's summary (counts, means over valid tokens) with `kept_per_sample` and `exact_fraction`, the
     share of valid tokens whose C is exact. Raises DataError on lengths that do not match or missing top-k, naming the
-    sample.
+    sample. exact: full-vocabulary "H", "KLf", "KLr" and "C", one array [L] a sample, from a caller that has them.
     """
     options = resolve(args)
-    return _run(
-        options, [_from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0], samples, rollout_id
-    )
+    scored = [_from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0]
+    return _run(options, scored, samples, rollout_id, exact)
 
 
 def process_tip_compat_metrics(
@@ -221,7 +222,13 @@ def _vector(values: Any, sample: Any, ordinal: int, what: str) -> np.ndarray | N
     return values_L
 
 
-def _run(options: SimpleNamespace, scored: list[_Scored], samples: Sequence[Any], rollout_id: int) -> dict[str, Any]:
+def _run(
+    options: SimpleNamespace,
+    scored: list[_Scored],
+    samples: Sequence[Any],
+    rollout_id: int,
+    exact: dict[str, Sequence[np.ndarray]] | None = None,
+) -> dict[str, Any]:
     config = SelectionConfig.from_args(options)
     if not scored:
         _say("a rollout without any response token: nothing is measured or kept")
@@ -233,7 +240,9 @@ def _run(options: SimpleNamespace, scored: list[_Scored], samples: Sequence[Any]
         student, teacher = student.astype(np.float64), teacher.astype(np.float64)
     token_ids_T = np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored])
     valid_T = np.concatenate([s.valid_L for s in scored])
-    support = options.opd_divergence_support or "union_floor"
+    support = "exact" if exact is not None else options.opd_divergence_support or "union_floor"
+    if exact is not None:
+        exact = {name: np.concatenate([np.asarray(values[s.ordinal]) for s in scored]) for name, values in exact.items()}
     metrics = token_metrics(
         student,
         teacher,
@@ -245,6 +254,7 @@ def _run(options: SimpleNamespace, scored: list[_Scored], samples: Sequence[Any]
         prefix_ema_alpha=options.opd_compat_prefix_ema_alpha,
         teacher_at_student_ids=known,
         partly_exact=config.profile == "released",
+        exact=exact,
     )
     selection = select_tokens(
         metrics, valid_T, lengths_N, config,
@@ -259,8 +269,8 @@ def _run(options: SimpleNamespace, scored: list[_Scored], samples: Sequence[Any]
             columns |= {"student_top_ids": student.ids, "student_top_logps": student.logprobs}
             columns |= {"teacher_top_ids": teacher.ids, "teacher_top_logps": teacher.logprobs}
         _writer(options, config, support).write(rollout_id, columns)
-    exact = float(metrics["Cmass_exact"][valid_T].mean()) if valid_T.any() else 0.0
-    return {**selection.summary, "exact_fraction": exact, "kept_per_sample": kept_per_sample}
+    exact_fraction = float(metrics["Cmass_exact"][valid_T].mean()) if valid_T.any() else 0.0
+    return {**selection.summary, "exact_fraction": exact_fraction, "kept_per_sample": kept_per_sample}
 
 
 def _stack(scored: list[_Scored]) -> tuple[TopK, TopK, np.ndarray | None]:

@@ -22,7 +22,8 @@ def math_match(response: str, label: str | None, metadata: dict[str, Any] | None
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         gold = parse(f"\\boxed{{{label}}}" if "\\boxed" not in label else label, parsing_timeout=None)
-        answer = parse(response[-_TAIL:], parsing_timeout=None)
+        boxed = response.rfind("\\boxed")
+        answer = parse(response[boxed:] if boxed >= 0 else response[-_TAIL:], parsing_timeout=None)
         return float(bool(gold) and bool(answer) and verify(gold, answer, timeout_seconds=None))
     except Exception:  # whatever a malformed expression makes the parser raise: not a right answer
         return 0.0
