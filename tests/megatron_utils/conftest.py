@@ -35,7 +35,9 @@ def references(models):
     import mt_reference
 
     @functools.cache
-    def run(family: str, tied: bool, loss: str, seed: int = 0, **options):
+    def run(family: str, tied: bool, loss: str, seed: int = 0, teacher: str | None = None, **options):
+        if teacher is not None:
+            options["teacher"] = mt_reference.load(teacher)
         return mt_reference.run(models(family, tied), data(seed), loss, **options)
 
     return run

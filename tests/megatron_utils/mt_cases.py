@@ -58,7 +58,7 @@ def raw_gradients(trainer, own) -> dict[str, np.ndarray]:
 
     with cpu_runtime.cpu_runtime():
         trainer.model.zero_grad_buffer()
-        trainer.stepper.gradients(own, own["steps"][0])
+        trainer.stepper.gradients(trainer.prepare(own), own["steps"][0])
     model = unwrap(trainer.model)
     held = {p: p.data for p in model.parameters()}
     for p in held:
@@ -241,3 +241,10 @@ def train_error(rank, ranks, port, model, data, **changes) -> tuple[str, str] | 
 def learning_rates(rank, ranks, port, model, data, steps, **changes) -> list[float]:
     trainer, _ = make_trainer(rank, ranks, port, model, **changes)
     return [trainer.train(i, data)["lr"] for i in range(steps)]
+
+
+def exact(rank, ranks, port, model, data, **changes) -> dict:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
+    found = trainer.exact_metrics(own)
+    return {i: {name: values[n] for name, values in found.items()} for n, i in enumerate(own["sample_indices"])}

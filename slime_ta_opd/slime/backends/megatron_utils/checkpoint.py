@@ -118,7 +118,7 @@ def save(
     return root / name
 
 
-def load(found: Found, model, optimizer: Optimizer | None) -> dict[str, Any]:
+def load(found: Found, model, optimizer: Optimizer | None, *, random_state: bool = True) -> dict[str, Any]:
     """Fills model and, where given and saved, optimizer and random state (collective). Returns the common state.
 
     The layout may be another than that of the save; random state is then left alone. Raises DataError where the
@@ -130,7 +130,7 @@ def load(found: Found, model, optimizer: Optimizer | None) -> dict[str, Any]:
     with_optimizer = optimizer is not None and bool(ours.get("optimizer"))
     stacked = STACKED_KEY in FileSystemReader(path).read_metadata().state_dict_metadata
     state = _model_state(model, stacked)
-    same_layout = ours.get("layout") == layout()
+    same_layout = random_state and ours.get("layout") == layout()
     if same_layout:
         state["rng"] = _rng_object(None)
     if with_optimizer:

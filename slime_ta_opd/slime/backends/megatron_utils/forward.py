@@ -91,11 +91,13 @@ def evaluating(model):
         model.train(training)
 
 
-def scatter_rows(kept: Iterable[tuple[Tensor, Tensor, Tensor]], lengths: list[int], device, fill: float = 0.0) -> list[Tensor]:
-    """Row values back to responses: (sample [R], position [R], value [R]) triples -> one float32 [L] a sample."""
-    out = [torch.full((n,), fill, dtype=torch.float32, device=device) for n in lengths]
-    for sample, position, value in kept:
+def scatter_rows(kept: Iterable[tuple[Tensor, Tensor, Tensor]], lengths: list[int], device, width: int = 0) -> list[Tensor]:
+    """Row values back to responses: (sample [R], position [R], values [R] or [R, width]) triples -> one float64 tensor
+    [L] or [L, width] a sample, 0 where no row was. float64 holds token ids exactly beside log-probs."""
+    shape = (width,) if width else ()
+    out = [torch.zeros((n, *shape), dtype=torch.float64, device=device) for n in lengths]
+    for sample, position, values in kept:
         for s in sample.unique().tolist():
             here = sample == s
-            out[s][position[here]] = value[here].float()
+            out[s][position[here]] = values[here].double()
     return out

@@ -97,7 +97,7 @@ def transformer_config(shape: ModelShape, settings: Settings, dtype: torch.dtype
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         context_parallel_size=settings.context_parallel_size,
-        expert_model_parallel_size=settings.expert_model_parallel_size,
+        expert_model_parallel_size=settings.expert_model_parallel_size if shape.is_moe else 1,
         sequence_parallel=settings.sequence_parallel,
         recompute_granularity=settings.recompute_granularity,
         recompute_method=settings.recompute_method,

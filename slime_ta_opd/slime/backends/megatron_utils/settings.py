@@ -60,6 +60,8 @@ class Settings:
     opd_teacher_load: str | None = None
     opd_teacher_ckpt_step: int | None = None
     opd_teacher_hf: str | None = None
+    opd_teacher_offload: bool = False
+    opd_topk_metrics_k: int = 0
 
     lr: float = 1e-6
     min_lr: float = 0.0

@@ -22,7 +22,6 @@ from slime.backends.megatron_utils import distributed, forward, packing
 from slime.backends.megatron_utils.losses.reduction import row_factors
 from slime.backends.megatron_utils.losses.registry import LossSpec, get_loss
 from slime.backends.megatron_utils.losses.types import Rows
-from slime.backends.megatron_utils.model import unwrap
 from slime.backends.megatron_utils.packing import MicroBatch
 from slime.backends.megatron_utils.settings import Settings
 from slime.backends.megatron_utils.step_metrics import StepSums
@@ -70,7 +69,7 @@ class Stepper:
             data, step["indices"], lambda d, i: packing.choose_rows(d, i, settings.opd_loss_rows, self.log_valid)
         )
         kept_per_sample = torch.tensor([float(w.sum(dtype=np.float64)) for w in data["opd_weights"]], device=self.device)
-        if self.teacher is not None:
+        if self.teacher is not None and self.loss.teacher == "hidden":
             for batch, fields in zip(batches, self.teacher(batches), strict=True):
                 batch.fields.update(fields)
         denominator: dict[str, float] = {}
@@ -136,15 +135,17 @@ class Stepper:
             return loss(hidden_RH, weight_VH, rows, self.args, mpu.get_tensor_model_parallel_group()).stats
 
 
-def share_rows(values: list[Tensor], lengths: list[int], device: torch.device) -> list[np.ndarray]:
-    """Per-response values that the last stage's context-parallel ranks hold in parts (zero elsewhere) -> whole, on all."""
-    flat = torch.cat([torch.zeros(0, device=device), *values]).contiguous()
+def share_rows(values: list[Tensor], lengths: list[int], device: torch.device, width: int = 0) -> list[np.ndarray]:
+    """Per-response values that the last stage's context-parallel ranks hold in parts (zero elsewhere) -> whole, on all
+    ranks of the replica: one float32 array [L] or [L, width] a sample."""
+    shape = (width,) if width else ()
+    flat = torch.cat([torch.zeros((0, *shape), dtype=torch.float64, device=device), *values]).contiguous()
     if mpu.get_context_parallel_world_size() > 1:
         torch.distributed.all_reduce(flat, group=mpu.get_context_parallel_group())
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         last = mpu.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(flat, src=last, group=mpu.get_pipeline_model_parallel_group())
-    return [x.copy() for x in np.split(flat.cpu().numpy(), np.cumsum(lengths)[:-1])] if lengths else []
+    return [x.astype(np.float32) for x in np.split(flat.cpu().numpy(), np.cumsum(lengths)[:-1])] if lengths else []
 
 
 def now(device: torch.device) -> float:
@@ -154,6 +155,6 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def vocabulary_args(args: argparse.Namespace, model) -> argparse.Namespace:
-    """Arguments as the losses read them: with the true vocabulary size, whatever padding the model holds."""
-    return argparse.Namespace(**{**vars(args), "vocab_size": unwrap(model).shape.vocab_size})
+def vocabulary_args(args: argparse.Namespace, vocab_size: int, teacher_vocab_size: int | None) -> argparse.Namespace:
+    """Arguments as the losses read them: with true vocabulary sizes, whatever padding the models hold."""
+    return argparse.Namespace(**{**vars(args), "vocab_size": vocab_size, "teacher_vocab_size": teacher_vocab_size})

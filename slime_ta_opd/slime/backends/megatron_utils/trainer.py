@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from slime.backends.megatron_utils import advantages, checkpoint, cpu_runtime, distributed, hf_config, weights
+from slime.backends.megatron_utils import advantages, checkpoint, cpu_runtime, distributed, exact, hf_config, weights
 from slime.backends.megatron_utils.hf_files import HFWriter
 from slime.backends.megatron_utils.identity import check_identity, run_identity
 from slime.backends.megatron_utils.losses.registry import get_loss
@@ -23,8 +23,10 @@ from slime.backends.megatron_utils.optimizer import Optimizer, is_finite
 from slime.backends.megatron_utils.settings import Settings
 from slime.backends.megatron_utils.step import Stepper, now, vocabulary_args
 from slime.backends.megatron_utils.step_metrics import average_steps, step_metrics
+from slime.backends.megatron_utils.teacher import Teacher, teacher_shape
 from ta_opd.errors import ConfigError, NumericsError
 
+DEFAULT_TOP_K = 16
 SMALL_VOCABULARY = 16384  # up to here `--opd-log-valid-kl auto` computes statistics over all valid tokens
 
 
@@ -53,21 +55,40 @@ class MegatronTrainer:
             raise ConfigError("--hf-checkpoint: expected the student's HF directory (it gives the model's shape), got nothing")
         self.shape = hf_config.load_shape(self.settings.hf_checkpoint)
         s = self.settings
-        hf_config.check_layout(
-            self.shape,
-            world=world_size,
-            tp=s.tensor_model_parallel_size,
-            pp=s.pipeline_model_parallel_size,
-            cp=s.context_parallel_size,
-            ep=s.expert_model_parallel_size,
-            expert_tp=s.expert_tp,
-            sequence_parallel=s.sequence_parallel,
-        )
+        if s.expert_model_parallel_size > 1 and not self.shape.is_moe:
+            raise ConfigError(f"layout: expert parallelism {s.expert_model_parallel_size} needs a model with experts")
+        self._check_layout(self.shape, world_size)
         self.loss = get_loss(s.opd_loss_type)
+        self.teacher_shape = self._teacher_shape(world_size)
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.address = (master_addr, master_port)
         self.device = cpu_runtime.device(local_rank)
         self._extra: dict[str, Any] | None = None
+
+    def _check_layout(self, shape: hf_config.ModelShape, world_size: int) -> None:
+        s = self.settings
+        hf_config.check_layout(
+            shape,
+            world=world_size,
+            tp=s.tensor_model_parallel_size,
+            pp=s.pipeline_model_parallel_size,
+            cp=s.context_parallel_size,
+            ep=s.expert_model_parallel_size if shape.is_moe else 1,
+            expert_tp=s.expert_tp,
+            sequence_parallel=s.sequence_parallel,
+        )
+
+    def _teacher_shape(self, world_size: int) -> hf_config.ModelShape | None:
+        if self.settings.opd_type != "megatron":
+            if self.loss.teacher == "hidden":
+                raise ConfigError(f"--opd-loss-type {self.loss.name} needs --opd-type megatron with --opd-teacher-load, got sglang")
+            return None
+        shape = teacher_shape(self.settings)
+        try:
+            self._check_layout(shape, world_size)
+        except ConfigError as error:
+            raise ConfigError(f"teacher {self.settings.opd_teacher_load}: {error}") from error
+        return shape
 
     @_on_device
     def init(self) -> int:
@@ -87,13 +108,17 @@ class MegatronTrainer:
             weights.load_hf(unwrap(self.model), s.hf_checkpoint)
         self.optimizer = Optimizer(self.model, s)
         start = 0 if found is None else self._resume(found)
+        self.teacher = None
+        if self.teacher_shape is not None:
+            self.teacher = Teacher(self.teacher_shape, s, unwrap(self.model), self.device)
         self.stepper = Stepper(
             model=self.model,
             loss=self.loss,
             settings=s,
-            args=vocabulary_args(self.args, self.model),
+            args=vocabulary_args(self.args, self.shape.vocab_size, self.teacher_shape and self.teacher_shape.vocab_size),
             device=self.device,
             log_valid=self._log_valid(),
+            teacher=None if self.teacher is None else self.teacher.row_fields,
         )
         return start if s.start_rollout_id is None else s.start_rollout_id
 
@@ -135,7 +160,7 @@ class MegatronTrainer:
         offending samples where a loss or gradient is not finite (that step is not applied), unless --skip-nan-steps.
         """
         self.model.train()
-        data = self._with_advantages(data)
+        data = self.prepare(data)
         logged = []
         for number, step in enumerate(data["steps"]):
             begin = now(self.device)
@@ -153,6 +178,33 @@ class MegatronTrainer:
             metrics = step_metrics(sums, step, norm, lr, now(self.device) - begin, self.settings.opd_loss_type)
             logged.append({**metrics, "steps_skipped": float(not applied)})
         return average_steps(logged)
+
+    def prepare(self, data: dict) -> dict:
+        """The rollout's data with what the trainer itself knows: teacher fields and base advantages (collective)."""
+        return self._with_advantages(self._with_teacher(data))
+
+    def _with_teacher(self, data: dict) -> dict:
+        """Adds teacher fields that the loss needs and the rollout did not bring, where the teacher is in these ranks."""
+        if self.teacher is None or self.loss.teacher == "hidden":
+            return data
+        missing = [n for n in self.stepper.field_names if n in exact.FIELDS and n not in data and n != "student_topk_logprobs"]
+        if not any(distributed.gather_objects(bool(missing))):
+            return data
+        return {**self._exact(data), **data}
+
+    @_on_device
+    def exact_metrics(self, data: dict) -> dict[str, list[np.ndarray]]:
+        """Full-vocabulary H, KLf, KLr, C and top-K fields of every response token of this rank's samples (see exact.py).
+
+        Needs --opd-type megatron; ConfigError otherwise.
+        """
+        if self.teacher is None:
+            raise ConfigError("exact metrics need a teacher in the trainer: expected --opd-type megatron, got sglang")
+        return self._exact(data)
+
+    def _exact(self, data: dict) -> dict[str, list[np.ndarray]]:
+        k = min(self.settings.opd_topk_metrics_k or DEFAULT_TOP_K, self.shape.vocab_size)
+        return exact.exact_metrics(self.stepper, data, k, self.teacher_shape.vocab_size)
 
     def _with_advantages(self, data: dict) -> dict:
         """Adds base advantages for the sampled loss where any task reward is not zero, and missing old log-probs."""
@@ -268,7 +320,8 @@ class MegatronTrainer:
     def free(self) -> None:
         """Drops model and optimizer (not collective). Their gradient hooks form cycles that the collector cannot see."""
         model, optimizer = vars(self).pop("model", None), vars(self).pop("optimizer", None)
-        vars(self).pop("stepper", None)
+        for name in ("stepper", "teacher"):
+            vars(self).pop(name, None)
         if optimizer is not None:
             optimizer.free()
         if model is not None:
