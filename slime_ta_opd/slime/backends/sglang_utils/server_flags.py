@@ -47,14 +47,16 @@ def _cpu(config: dict, dtype: str, context: int | None) -> list[str]:
     tokens = max(2 * longest, min(_CPU_CACHE_TOKENS, _CPU_CACHE_BYTES // per_token))
     return [
         "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule",
-        "--disable-cuda-graph", "--mem-fraction-static", "0.1", "--max-total-tokens", str(tokens), "--max-running-requests", "64",
+        "--disable-cuda-graph", "--sleep-on-idle", "--mem-fraction-static", "0.1", "--max-total-tokens", str(tokens), "--max-running-requests", "64",
     ]  # fmt: skip
 
 
 def _gpu(args, student: bool) -> list[str]:
     fraction = getattr(args, "sglang_mem_fraction_static" if student else "teacher_mem_fraction_static", None)
     largest = getattr(args, "sglang_cuda_graph_max_bs" if student else "teacher_cuda_graph_max_bs", None)
-    flags = ["--sampling-backend", "pytorch", "--chunked-prefill-size", "8192", "--cuda-graph-max-bs", str(largest or 64)]
+    batch = (getattr(args, "rollout_batch_size", None) or 64) * (getattr(args, "n_samples_per_prompt", None) or 1)
+    graphs = largest or (min(max(batch, 8), 256) if student else 8)  # decoding without a graph is twice as slow; a teacher only scores
+    flags = ["--sampling-backend", "pytorch", "--chunked-prefill-size", "8192", "--cuda-graph-max-bs", str(graphs)]
     if not _has_flash_attention():
         flags += ["--attention-backend", "triton"]
     if fraction is not None:
