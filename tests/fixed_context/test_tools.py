@@ -167,3 +167,17 @@ def test_bad_input_is_one_line(name, argv, message, capsys, tmp_path, monkeypatc
     assert tool(name).main(argv) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith(f"{name}: ") and error.count("\n") == 1
+
+
+def test_importing_the_package_imports_no_engine():
+    import pkgutil
+    import subprocess
+    import sys
+
+    import ta_opd.fixed_context as package
+
+    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    engines = ("torch", "transformers", "sglang", "ray", "megatron", "slime", "statsmodels", "matplotlib", "aiohttp")
+    code = f"import sys; [__import__(n) for n in {names!r}]; print([e for e in {engines!r} if e in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
