@@ -107,7 +107,11 @@ def machine() -> dict:
 def write(name: str, result: dict, out: Path | None = None) -> Path:
     path = (out or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = sys.argv[1:]
+    if "--out" in words:  # where the file went says nothing about the numbers
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *words])
     path.write_text(json.dumps({"command": command, "machine": machine(), **result}, indent=1) + "\n")
     return path
 
