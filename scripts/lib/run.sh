@@ -93,6 +93,10 @@ check_devices() { # enough GPUs, and each of them there
     need=$ROLLOUT_NUM_GPUS how="ROLLOUT_NUM_GPUS=$ROLLOUT_NUM_GPUS with COLOCATE=1"
   fi
   if ((have < need)); then bad RAY_GPUS "at least $need GPU ids for $how, got $have"; fi
+  _count "$TEACHER_GPU"
+  if ((REPLY % TEACHER_NUM_GPUS_PER_ENGINE)); then
+    bad TEACHER_GPU "a multiple of TEACHER_NUM_GPUS_PER_ENGINE=$TEACHER_NUM_GPUS_PER_ENGINE ids, got $REPLY"
+  fi
   if ((ACTOR_NUM_NODES > 1)); then bad ACTOR_NUM_NODES "1 on this host; several nodes need RAY_ADDRESS"; fi
   if [[ $DRY_RUN == 0 ]]; then
     local there id
