@@ -20,6 +20,8 @@ def join(rank: int, ranks: int, port: int) -> None:
     if _state.get("world") == (ranks, port):
         return
     distributed.leave_world()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
     distributed.init_world(rank, ranks, "127.0.0.1", port, minutes=5)
     _state["world"] = (ranks, port)
 
@@ -48,7 +50,7 @@ def release() -> None:
 
 def export(trainer) -> dict[str, np.ndarray]:
     """HF weights as rank 0 gets them (empty elsewhere)."""
-    return {n: t.float().numpy().copy() for bucket in trainer.hf_weight_buckets(1 << 16) for n, t in bucket}
+    return {n: t.float().cpu().numpy().copy() for bucket in trainer.hf_weight_buckets(1 << 16) for n, t in bucket}
 
 
 def raw_gradients(trainer, own) -> dict[str, np.ndarray]:
@@ -64,7 +66,7 @@ def raw_gradients(trainer, own) -> dict[str, np.ndarray]:
     for p in held:
         p.data = p.main_grad.clone()
     try:
-        return {n: t.numpy().copy() for bucket in weights.hf_weight_buckets(model, 1 << 20) for n, t in bucket}
+        return {n: t.float().cpu().numpy().copy() for bucket in weights.hf_weight_buckets(model, 1 << 20) for n, t in bucket}
     finally:
         for p, data in held.items():
             p.data = data
@@ -102,10 +104,10 @@ def moments(trainer) -> dict[str, np.ndarray]:
     for key in ("exp_avg", "exp_avg_sq"):
         held = {p: p.data for p in model.parameters()}
         for p in held:
-            p.data = _moment(trainer, p, key).to(torch.float32)
+            p.data = _moment(trainer, p, key).to(p.dtype)
         try:
             buckets = list(weights.hf_weight_buckets(model, 1 << 24))
-            out.update({f"{key}:{n}": t.numpy().copy() for b in buckets for n, t in b})
+            out.update({f"{key}:{n}": t.float().cpu().numpy().copy() for b in buckets for n, t in b})
         finally:
             for p, data in held.items():
                 p.data = data
@@ -118,7 +120,7 @@ def _moment(trainer, param, key):
     if not hasattr(part, "model_param_group_index_map"):
         main = getattr(param, "main_param", None)
         return part.optimizer.state[param if main is None else main][key].reshape(param.shape)
-    full = torch.zeros(param.numel())
+    full = torch.zeros(param.numel(), device=param.device)
     if param in part.model_param_group_index_map:
         group, order = part.model_param_group_index_map[param]
         main = part.optimizer.param_groups[group]["params"][order]

@@ -19,9 +19,11 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from slime.backends.megatron_utils import distributed, forward, packing
+from slime.backends.megatron_utils.hf_config import ModelShape
 from slime.backends.megatron_utils.losses.reduction import row_factors
 from slime.backends.megatron_utils.losses.registry import LossSpec, get_loss
 from slime.backends.megatron_utils.losses.types import Rows
+from slime.backends.megatron_utils.model import unwrap
 from slime.backends.megatron_utils.packing import MicroBatch
 from slime.backends.megatron_utils.settings import Settings
 from slime.backends.megatron_utils.step_metrics import StepSums
@@ -155,6 +157,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def vocabulary_args(args: argparse.Namespace, vocab_size: int, teacher_vocab_size: int | None) -> argparse.Namespace:
+def vocabulary_args(args: argparse.Namespace, model, teacher: ModelShape | None = None) -> argparse.Namespace:
     """Arguments as the losses read them: with true vocabulary sizes, whatever padding the models hold."""
-    return argparse.Namespace(**{**vars(args), "vocab_size": vocab_size, "teacher_vocab_size": teacher_vocab_size})
+    sizes = {"vocab_size": unwrap(model).shape.vocab_size, "teacher_vocab_size": teacher and teacher.vocab_size}
+    return argparse.Namespace(**{**vars(args), **sizes})

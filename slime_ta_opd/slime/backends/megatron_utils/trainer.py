@@ -115,7 +115,7 @@ class MegatronTrainer:
             model=self.model,
             loss=self.loss,
             settings=s,
-            args=vocabulary_args(self.args, self.shape.vocab_size, self.teacher_shape and self.teacher_shape.vocab_size),
+            args=vocabulary_args(self.args, self.model, self.teacher_shape),
             device=self.device,
             log_valid=self._log_valid(),
             teacher=None if self.teacher is None else self.teacher.row_fields,

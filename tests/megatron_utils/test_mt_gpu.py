@@ -1,0 +1,84 @@
+"""The parity runs on real GPUs over NCCL: fp32 against the dense model, bf16 within its precision. Two GPUs run all of it."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import data
+from test_mt_checkpoint import LAYOUTS as SAVED
+from test_mt_parity import LAYOUTS, LR
+
+GPUS = torch.cuda.device_count() or int(os.environ.get("TA_OPD_PRETEND_GPUS", 0))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device")]
+NAMES = [n for n, layout in LAYOUTS.items() if layout["ranks"] <= 2]
+
+
+def needs(layout: dict) -> None:
+    if layout["ranks"] > GPUS:
+        pytest.skip(f"needs {layout['ranks']} GPUs")
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("loss", ["topk_reverse_kl", "sampled_reverse_kl"])
+def test_fp32_parity(pool, models, references, layout, loss):
+    needs(LAYOUTS[layout])
+    results = pool.run("train", model=models("qwen3", True), data=data(), opd_loss_type=loss, lr=LR, **LAYOUTS[layout])
+    reference = references("qwen3", True, loss, lr=LR)
+    np.testing.assert_allclose([m["loss"] for m in results[0]["metrics"]], reference["losses"], rtol=1e-5)
+    for name, expected in reference["gradients"].items():
+        if "gradients" in results[0]:
+            error = np.abs(results[0]["gradients"][name] - expected).max() / np.abs(expected).max()
+            assert error < 1e-4, f"gradient of {name}: {error:.1e}"
+    for name, expected in reference["weights"].items():
+        np.testing.assert_allclose(results[0]["weights"][name], expected, atol=2e-5, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+def test_bf16_is_within_its_precision(pool, models, references, layout):
+    needs(LAYOUTS[layout])
+    results = pool.run(
+        "train", model=models("qwen3"), data=data(), opd_loss_type="topk_reverse_kl", lr=LR, fp32=False, bf16=True, grads=False,
+        **LAYOUTS[layout],
+    )  # fmt: skip
+    reference = references("qwen3", False, "topk_reverse_kl", lr=LR)
+    for r in results:
+        for i, logps in r["log_probs"].items():
+            np.testing.assert_allclose(logps, reference["log_probs"][i], atol=0.1)
+    np.testing.assert_allclose([m["loss"] for m in results[0]["metrics"]], reference["losses"], rtol=1e-2)
+    np.testing.assert_allclose([m["grad_norm"] for m in results[0]["metrics"]], reference["norms"], rtol=3e-2)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2"])
+def test_megatron_teacher(pool, models, references, layout):
+    needs(LAYOUTS[layout])
+    teacher = str(models("qwen3", hidden_size=48, num_hidden_layers=2, seed=5))
+    results = pool.run(
+        "train", model=models("qwen3"), data=data(), opd_loss_type="full_reverse_kl", lr=LR, opd_type="megatron",
+        opd_teacher_load=teacher, opd_teacher_offload=True, **LAYOUTS[layout],
+    )  # fmt: skip
+    reference = references("qwen3", False, "full_reverse_kl", lr=LR, teacher=teacher)
+    np.testing.assert_allclose([m["loss"] for m in results[0]["metrics"]], reference["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [dict(ranks=1), dict(ranks=2, expert_model_parallel_size=2)], ids=["one", "ep2"])
+def test_experts(pool, models, references, layout):
+    needs(layout)
+    results = pool.run("train", model=models("qwen3_moe"), data=data(), lr=LR, grads=False, **layout)
+    reference = references("qwen3_moe", False, "topk_reverse_kl", lr=LR)
+    np.testing.assert_allclose([m["loss"] for m in results[0]["metrics"]], reference["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "target"), [("one_distopt", "one"), ("tp2_sp_distopt", "dp2_distopt"), ("dp2_distopt", "tp2_sp_distopt")])
+def test_checkpoints_between_layouts(pool, models, tmp_path, source, target):
+    if source == "one_distopt":
+        target = "one_distopt"
+    needs(SAVED[source])
+    common = dict(model=models("qwen3"), data=data(), save=str(tmp_path / "run"), bf16=True, fp32=False)
+    saved = pool.run("save_then_step", **common, **SAVED[source])
+    loaded = pool.run("load_then_step", **common, load=str(tmp_path / "run"), **SAVED[target])
+    for name, expected in saved[0]["moments"].items():
+        np.testing.assert_array_equal(loaded[0]["moments"][name], expected, err_msg=name)
+    for rank in loaded:
+        assert rank["steps"] == {2.0} and rank["step_tensors"] == rank["parameters"]
+    np.testing.assert_allclose(loaded[0]["next"]["loss"], saved[0]["next"]["loss"], rtol=1e-2)
