@@ -21,6 +21,7 @@ from ta_opd.errors import DataError
 from ta_opd.fixed_context.tables import read_meta, read_table
 from ta_opd.token_bank.reader import bank_files
 from ta_opd.token_bank.reader import read_table as read_bank_file
+from ta_opd.token_bank.writer import rollout_files
 
 MASK_LABELS = {
     "full": "Full OPD", "dlearn_high": "Teachability (TA-OPD)", "entropy": "Entropy", "random": "Random", "divergence": "Divergence",
@@ -207,7 +208,7 @@ def sample_bank(
     """Evenly spaced rollouts (first and last included) of a run's bank, whole files, at most about `max_rows` rows; None without a bank."""
     if run.bank_dir is None:
         return None
-    files = bank_files(run.bank_dir)
+    files = list(rollout_files(run.bank_dir).values()) or bank_files(run.bank_dir)  # by name first: one bad file must not hide the rest
     if not files:
         return None
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, min(max_rollouts, len(files))).round().astype(int))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,15 +33,21 @@ class ArmStyle:
 
 
 def arm_styles(keys: Sequence[ArmKey]) -> dict[ArmKey, ArmStyle]:
-    """A style for each arm: the mask decides colour and marker, the budget the dash."""
+    """A style for each arm: the mask decides hue and marker, further budgets of it are lighter and dashed."""
     spare, by_mask, seen, styles = list(_SPARE), dict(_FIXED), {}, {}
     for key in keys:
         if key.mask not in by_mask:
             by_mask[key.mask] = spare[len(by_mask) % len(spare)]
         color, marker = by_mask[key.mask]
         number = seen[key.mask] = seen.get(key.mask, -1) + 1
-        styles[key] = ArmStyle(key.label, color, marker, _DASHES[number % len(_DASHES)])
+        styles[key] = ArmStyle(key.label, _lighter(color, number), marker, _DASHES[number % len(_DASHES)])
     return styles
+
+
+def _lighter(color: str, steps: int) -> str:
+    share = (0.0, 0.35, 0.55, 0.7)[min(steps, 3)]
+    parts = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(c + (255 - c) * share):02x}" for c in parts)
 
 
 @contextmanager
@@ -86,8 +93,10 @@ def picture(figure, name: str, title: str, caption: str, alt: str) -> Picture:
     from matplotlib import pyplot as plt
 
     png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=144)
-    figure.savefig(svg, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a token of any script: shows as a box
+        figure.savefig(png, format="png", dpi=144)
+        figure.savefig(svg, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
     plt.close(figure)
     text = svg.getvalue()
     text = text[text.index("<svg") :]

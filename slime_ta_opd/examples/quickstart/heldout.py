@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from ta_opd.fixed_context import bank as context_bank
@@ -26,8 +27,9 @@ def make_bank(path: Path, heldout: Path, student: Path, *, contexts: int, max_re
 def score(bank: Path, student: Path, teacher: Path, output: Path, *, topk: int, baseline: Path | None = None) -> Path:
     """Full-vocabulary scores of every position of the bank (fp32), joined with those of `baseline` where one is given."""
     config = ScoringConfig(topk=(topk,), student_device="cpu", teacher_device="cpu", dtype="float32", workspace_gib=0.25)
-    contexts = context_bank.load_contexts(bank)
-    table, record = score_contexts(contexts, student, teacher, config, output.with_suffix(".parts"))
+    contexts, parts = context_bank.load_contexts(bank), output.with_suffix(".parts")
+    table, record = score_contexts(contexts, student, teacher, config, parts)
+    shutil.rmtree(parts, ignore_errors=True)
     if baseline is not None:
         table = join_baseline(table, read_table(baseline), after_meta=record, before_meta=read_meta(baseline))
     return write_table(output, table, record)

@@ -65,12 +65,12 @@ def train(command: Sequence[str], *, log: Path, environment: dict[str, str]) -> 
         raise ServiceError(f"train.py ended with exit code {code}; the end of {log}:\n{tail(log)}")
 
 
-def _end(child: subprocess.Popen) -> None:
+def _end(child: subprocess.Popen, patience: tuple[float, float, float] = (STOP_SECONDS, 15.0, 15.0)) -> None:
     """Waits for a child that got the terminal's interrupt too, then asks it to end, and at last kills it: this child only."""
-    for ask in (lambda: None, child.terminate, child.kill):
+    for ask, seconds in zip((lambda: None, child.terminate, child.kill), patience, strict=True):
         ask()
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            child.wait(STOP_SECONDS if ask != child.terminate else 15)
+            child.wait(seconds)
             return
 
 

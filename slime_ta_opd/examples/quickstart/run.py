@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,8 +24,7 @@ from examples.quickstart.processes import say  # noqa: E402
 from ta_opd.errors import ConfigError, TaOpdError  # noqa: E402
 
 GAP_TO_CLOSE, KL_TO_CUT = 1 / 3, 0.30
-CONTEXT = 96
-MAX_RESPONSE = 48
+CONTEXT, MAX_RESPONSE, TOPK = 96, 48, 16  # as in config.yaml
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,8 +103,6 @@ def train_all(runs: list[plan.Planned], models: tiny_models.TinyModels, home: Pa
 
 def _clear(r: plan.Planned) -> None:
     """Removes what an earlier run left in the directory of this one, so that no two runs are mixed."""
-    import shutil
-
     if r.directory.is_dir():
         shutil.rmtree(r.directory)
 
@@ -113,13 +111,12 @@ def score_all(runs: list[plan.Planned], models: tiny_models.TinyModels, task: di
     """Frozen contexts: sampled and scored before training, and scored after each run."""
     from tqdm import tqdm
 
-    k = 16
     bank, before = home / "context_bank.parquet", home / "context_scores_before.parquet"
     say(f"frozen contexts: {contexts} held-out prompts answered by the initial student, scored by both models")
     heldout.make_bank(bank, task["heldout"], models.student, contexts=contexts, max_response_tokens=MAX_RESPONSE)
-    heldout.score(bank, models.student, models.teacher, before, topk=k)
+    heldout.score(bank, models.student, models.teacher, before, topk=TOPK)
     for r in tqdm(runs, desc="scoring after training", unit="run", dynamic_ncols=True):
-        heldout.score_run(r.directory, bank, models.teacher, before, topk=k)
+        heldout.score_run(r.directory, bank, models.teacher, before, topk=TOPK)
 
 
 def make_report(runs: list[plan.Planned], models: tiny_models.TinyModels, task: dict[str, Path], home: Path):

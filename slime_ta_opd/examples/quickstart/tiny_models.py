@@ -207,10 +207,7 @@ def tiny_models(cache: Path, heldout: Sequence[Problem], settings: Settings | No
 
 
 def _make(home: Path, heldout: Sequence[Problem], settings: Settings) -> None:
-    roles = (("teacher", settings.teacher_shape, settings.teacher), ("student", settings.student_shape, settings.student))
-    with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_make_one, home / role, shape, training, list(heldout), role, i) for i, (role, shape, training) in enumerate(roles)]
-        results = {role: job.result() for (role, _, _), job in zip(roles, jobs, strict=True)}
+    results = _train_both(home, heldout, settings)
     summary: dict[str, object] = {"recipe": RECIPE, "settings": asdict(settings)}
     for role, (accuracy, steps, parameters) in results.items():
         print(f"{role}: {parameters:,} parameters, {steps} steps, solves {accuracy:.1%} of {len(heldout)} held-out problems")
@@ -223,8 +220,16 @@ def _make(home: Path, heldout: Sequence[Problem], settings: Settings) -> None:
     (home / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
+def _train_both(home: Path, heldout: Sequence[Problem], settings: Settings) -> dict[str, tuple[float, int, int]]:
+    """Both models side by side, each in a process of its own."""
+    roles = (("teacher", settings.teacher_shape, settings.teacher), ("student", settings.student_shape, settings.student))
+    with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_make_one, home / role, shape, training, list(heldout), role, i) for i, (role, shape, training) in enumerate(roles)]
+        return {role: job.result() for (role, _, _), job in zip(roles, jobs, strict=True)}
+
+
 def _make_one(home: Path, shape: Shape, training: Training, heldout: list[Problem], label: str, line: int) -> tuple[float, int, int]:
-    """Trains and saves one model in a process of its own; returns (held-out accuracy, steps, parameters)."""
+    """Trains and saves one model; returns (held-out accuracy, steps, parameters)."""
     import torch
 
     torch.set_num_threads(THREADS)

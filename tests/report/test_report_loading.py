@@ -1,0 +1,106 @@
+"""Finding and reading runs: what is there, what is missing, what is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import report_suite
+
+from ta_opd.errors import DataError
+from ta_opd.report import loading
+from ta_opd.report.loading import ArmKey
+
+
+def test_suite_is_read_in_its_planned_order(suite_dir):
+    suite = loading.load(suite_dir)
+    assert suite.title == "A <suite> & more"
+    assert [key for key in suite.arms] == [ArmKey("full", 1.0), ArmKey("dlearn_high", 0.2), ArmKey("random", 0.2)]
+    run = suite.runs[1]
+    assert len(run.metrics) == 6 and run.contexts is not None and run.done["seconds"] == 12.5
+    assert loading.eval_at(run, "before")["rollout_id"] == -1 and loading.eval_at(run, "after")["rollout_id"] == 5
+    assert suite.notes == [] and len(suite.bank_prompts) == 20
+
+
+def test_one_run_directory_is_enough(suite_dir):
+    suite = loading.load(suite_dir / "runs" / "random_0.2_seed1")
+    assert [run.key for run in suite.runs] == [ArmKey("random", 0.2)]
+
+
+def test_suite_summary_names_the_runs_and_their_score_directories(suite_dir, tmp_path):
+    tag = tmp_path / "tag"
+    run = tmp_path / "some_run"
+    shutil.copytree(suite_dir / "runs" / "dlearn_high_0.2_seed1", run)
+    scores = tag / "dlearn_high_r0p20_seed1"
+    scores.mkdir(parents=True)
+    (run / "fixed_context_metrics.parquet").rename(scores / "fixed_context_metrics.parquet")
+    row = {"run_dir": "/elsewhere/some_run", "mask": "dlearn_high", "budget_asked": 0.2, "seed_label": "seed1"}
+    pd.DataFrame([row]).to_csv(tag / "suite_summary.csv", index=False)
+    suite = loading.load(tag)
+    assert suite.runs[0].directory == run and suite.runs[0].contexts is not None
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "file"])
+def test_a_directory_without_runs_is_an_error(tmp_path, what):
+    place = tmp_path / "x"
+    if what == "empty":
+        place.mkdir()
+    elif what == "file":
+        place.write_text("")
+    with pytest.raises(DataError, match="expected"):
+        loading.load(place)
+
+
+def test_what_is_broken_becomes_a_note_and_a_half_line_is_skipped(suite_dir, tmp_path):
+    home = tmp_path / "s"
+    shutil.copytree(suite_dir, home)
+    broken = home / "runs" / "random_0.2_seed1"
+    whole = (broken / "fixed_context_metrics.parquet").read_bytes()
+    (broken / "fixed_context_metrics.parquet").write_bytes(whole[: len(whole) // 2])
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"rollout_id": 6, "rollout/re')
+    (broken / "token_bank" / "rollout_000002.parquet").write_bytes(b"PAR1 not really")
+    (home / "runs" / "empty").mkdir()
+    (home / "runs" / "empty" / "metrics.jsonl").write_text("")
+    suite = loading.load(home)
+    assert len(suite.runs) == 3 and len(suite.runs[2].metrics) == 6 and suite.runs[2].contexts is None
+    sample = loading.sample_bank(suite.runs[2], max_rollouts=10, max_rows=10**6, notes=suite.notes)
+    assert 2 not in sample.rollouts and len(sample.rollouts) == 5
+    assert sum("cut off" in n or "not a readable" in n for n in suite.notes) == 2
+    assert any(n.startswith("empty: no line") for n in suite.notes)
+
+
+def test_a_resumed_rollout_counts_once(suite_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(suite_dir / "runs" / "full_1_seed1", run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"rollout_id": 3, "rollout/reverse_kl_valid": 99.0}) + "\n")
+    loaded = loading.read_run(run, None, [])
+    assert list(loaded.metrics["rollout_id"]) == list(range(6))
+    assert loaded.column("rollout/reverse_kl_valid")[3] == 99.0
+    assert np.isnan(loaded.column("never logged")).all()
+
+
+def test_bank_sample_keeps_both_ends_and_its_limits(suite_dir):
+    run = loading.load(suite_dir).runs[0]
+    sample = loading.sample_bank(run, max_rollouts=3, max_rows=10**6, notes=[])
+    assert sample.rollouts == (0, 2, 5) and sample.of == 6 and "3 of 6 rollouts" in sample.caption
+    few = loading.sample_bank(run, max_rollouts=6, max_rows=200, notes=[])
+    assert {0, 5} <= set(few.rollouts) and len(few.table) <= 200
+    assert list(sample.table["tok_pos"][:3]) == [0, 1, 2]
+    assert loading.sample_bank(loading.Run("x", run.directory, run.key, "", {}, run.metrics, [], {}, None, None), max_rollouts=1, max_rows=1, notes=[]) is None
+
+
+def test_labels_and_slugs_tell_budgets_apart():
+    keys = [ArmKey("dlearn_high", r) for r in (0.05, 0.005, 0.1)] + [ArmKey("full", 1.0), ArmKey("my_rule", 0.5)]
+    assert [k.label for k in keys] == ["Teachability (TA-OPD) 5 %", "Teachability (TA-OPD) 0.5 %", "Teachability (TA-OPD) 10 %", "Full OPD", "my_rule 50 %"]
+    assert len({k.slug for k in keys}) == 5
+
+
+def test_aliases_and_ratio_one_are_full_or_canonical(tmp_path):
+    for mask, ratio, key in (("none", 0.1, ArmKey("full", 1.0)), ("entropy", 1.0, ArmKey("full", 1.0)), ("teachability", 0.2, ArmKey("dlearn_high", 0.2))):
+        report_suite.write_run(tmp_path / f"{mask}{ratio}", mask, ratio, 0.5, 1, 2, 3, 4, 5, False, 8)
+        assert loading.read_run(tmp_path / f"{mask}{ratio}", None, []).key == key
