@@ -16,7 +16,7 @@ def main(argv):
     server_args = prepare_server_args(argv)
     key = os.environ.pop(API_KEY_VARIABLE, None)
     if key:
-        server_args.api_key = Secret(key)
+        object.__setattr__(server_args, "api_key", Secret(key))  # it refuses plain assignment once it is resolved
     try:
         run_server(server_args)
     finally:
