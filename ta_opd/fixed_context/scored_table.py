@@ -9,10 +9,10 @@ Of the K best tokens (true probabilities), for the first K under the plain name 
 """
 
 import numpy as np
-import orjson
 import pandas as pd
 
 from ta_opd.errors import DataError
+from ta_opd.token_bank.jsonio import dump_rows
 
 TOPK_NAMES = (
     "Cmass_true", "Cmass_topk", "Coverlap", "CBC", "KLf_union", "KLr_union", "reach_t1", "target_in_student_topk",
@@ -66,8 +66,8 @@ def build_rows(contexts, which: range, arrays: dict[str, np.ndarray], ks: tuple[
     if raw_topk:
         K = ks[0]
         for side in ("student", "teacher"):
-            out[f"{side}_top_ids"] = json_rows(arrays[f"{side}_ids"][:, :K])
-            out[f"{side}_top_logps"] = json_rows(np.round(arrays[f"{side}_logps"][:, :K], 6))
+            out[f"{side}_top_ids"] = dump_rows(arrays[f"{side}_ids"][:, :K])
+            out[f"{side}_top_logps"] = dump_rows(np.round(arrays[f"{side}_logps"][:, :K], 6))
     return pd.DataFrame(out)
 
 
@@ -83,7 +83,3 @@ def topk_columns(by_k: dict[int, dict[str, np.ndarray]], ks: tuple[int, ...]) ->
             out |= {f"Cmass{suffix}": by_k[K]["Cmass_true"] for suffix in suffixes}
     return out
 
-
-def json_rows(values_RK: np.ndarray) -> list[str]:
-    """Each row as a JSON array."""
-    return [orjson.dumps(row).decode() for row in values_RK.tolist()]

@@ -10,9 +10,8 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import orjson
-
 from ta_opd.errors import DataError, ServiceError
+from ta_opd.token_bank.jsonio import dumps, loads
 
 _RETRIED = (408, 429, 500, 502, 503, 504)
 
@@ -49,20 +48,20 @@ class GenerateClient:
             yield from pool.map(function, items)
 
     def _post(self, path: str, payload: dict):
-        body, problem = orjson.dumps(payload, option=orjson.OPT_SERIALIZE_NUMPY), ""
+        body, problem = dumps(payload), ""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(0.5 * 2 ** (attempt - 1), 20.0))
             try:
                 request = urllib.request.Request(self.base + path, data=body, headers=self.headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return orjson.loads(response.read())
+                    return loads(response.read())
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {error.read()[:300].decode(errors='replace')}"
                 if error.code not in _RETRIED:
                     break
             except (OSError, TimeoutError) as error:
                 problem = f"{type(error).__name__}: {error}"
-            except orjson.JSONDecodeError as error:
+            except ValueError as error:
                 raise DataError(f"{self.base}{path}: the reply is not JSON ({error})") from error
         raise ServiceError(f"{self.base}{path}: no answer after {attempt + 1} requests; the last said: {problem}")

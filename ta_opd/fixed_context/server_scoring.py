@@ -19,9 +19,10 @@ import pandas as pd
 from ta_opd.errors import DataError
 from ta_opd.fixed_context.bank import Contexts
 from ta_opd.fixed_context.dense import topk_metrics
-from ta_opd.fixed_context.scored_table import TOPK_NAMES, json_rows, position_frame, topk_columns
+from ta_opd.fixed_context.scored_table import TOPK_NAMES, position_frame, topk_columns
 from ta_opd.fixed_context.scoring import Parts
 from ta_opd.fixed_context.server import GenerateClient
+from ta_opd.token_bank.jsonio import dump_rows
 from ta_opd.topk import PAD_ID, TopK, gathered_logprobs, last_positions
 
 SPARE = 8  # ids asked for beyond K where the vocabularies differ
@@ -153,6 +154,6 @@ def _build(contexts: Contexts, which: range, arrays: dict, config: ServerScoring
     out |= topk_columns({K: {name: values[name] for name in TOPK_NAMES} for K, values in by_k.items()}, config.topk)
     if config.raw_topk:
         for side in ("student", "teacher"):
-            out[f"{side}_top_ids"] = json_rows(arrays[f"{side}_ids"][:, : config.topk[0]])
-            out[f"{side}_top_logps"] = json_rows(np.round(arrays[f"{side}_logps"][:, : config.topk[0]], 6))
+            out[f"{side}_top_ids"] = dump_rows(arrays[f"{side}_ids"][:, : config.topk[0]])
+            out[f"{side}_top_logps"] = dump_rows(np.round(arrays[f"{side}_logps"][:, : config.topk[0]], 6))
     return pd.DataFrame(out)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pandas as pd
 
 from ta_opd.errors import DataError
@@ -17,6 +16,7 @@ from ta_opd.fixed_context.bootstrap import difference_interval, named_rng
 from ta_opd.fixed_context.features import resolve_columns, with_gains
 from ta_opd.fixed_context.regression import MODELS, coefficient_gap, fit, rank_deficient
 from ta_opd.fixed_context.tables import to_markdown, write_json, write_table
+from ta_opd.token_bank.jsonio import loads
 
 DEFINITIONS = (
     "Cmass_true", "Coverlap", "CBC", "reach_t1", "target_in_student_topk", "topk_jaccard", "topk_overlap_frac",
@@ -91,22 +91,29 @@ def with_set_columns(table: pd.DataFrame, suffix: str = "") -> pd.DataFrame:
 
 
 def parse_lists(cells: pd.Series, name: str) -> np.ndarray:
-    """[N, K] float64 from JSON-array strings (or lists), padded with NaN."""
-    parsed = []
-    for row, cell in enumerate(cells):
+    """[N, K] float64 from JSON-array strings (or lists), padded with NaN. DataError on a cell that is neither, or not of numbers."""
+    values = cells.tolist()
+    if values and all(isinstance(cell, str) and cell for cell in values):
         try:
-            values = orjson.loads(cell) if isinstance(cell, (str, bytes)) else cell
-            parsed.append([] if values is None or (isinstance(cell, str) and cell == "") else list(values))
-        except (orjson.JSONDecodeError, TypeError) as error:
-            if cell == "" or (isinstance(cell, float) and cell != cell):
-                parsed.append([])
-                continue
-            raise DataError(f"column {name}, row {row}: expected a JSON list of numbers, got {str(cell)[:60]!r}") from error
-    K = max((len(row) for row in parsed), default=0)
-    out = np.full((len(parsed), K), np.nan)
-    for row, values in enumerate(parsed):
-        out[row, : len(values)] = values
+            rows = loads("[" + ",".join(values) + "]")
+            if len(rows) == len(values) and all(isinstance(row, list) for row in rows):
+                return np.array(rows, np.float64).reshape(len(values), -1)
+        except (ValueError, TypeError):
+            pass  # lists of several lengths, or a bad cell: row by row
+    parsed = [_one_list(cell, name, row) for row, cell in enumerate(values)]
+    out = np.full((len(parsed), max((len(row) for row in parsed), default=0)), np.nan)
+    for row, numbers in enumerate(parsed):
+        out[row, : len(numbers)] = numbers
     return out
+
+
+def _one_list(cell, name: str, row: int) -> list[float]:
+    if cell is None or (isinstance(cell, str) and cell == "") or (isinstance(cell, float) and cell != cell):
+        return []
+    try:
+        return [float(x) for x in (loads(cell) if isinstance(cell, (str, bytes)) else cell)]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"column {name}, row {row}: expected a JSON list of numbers, got {str(cell)[:60]!r}") from error
 
 
 def _set_quantities(student_ids, student_logps, teacher_ids, teacher_logps):

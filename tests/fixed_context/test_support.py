@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 
 from ta_opd.errors import DataError
@@ -74,6 +75,14 @@ def test_lists_that_are_none():
     assert np.isnan(parse_lists(with_lists(paper_table())["student_top_ids_base"].head(1).map(lambda x: ""), "x")).all()
     with pytest.raises(DataError, match="row 0: expected a JSON list"):
         parse_lists(with_lists(paper_table())["student_top_ids_base"].head(1).map(lambda x: "[1, 2"), "x")
+
+
+def test_lists_of_every_form():
+    cells = pd.Series(["[1, 2]", np.array([3.0]), [4, 5, 6], "", None, "[]", float("nan")])
+    expected = [[1, 2, np.nan], [3, np.nan, np.nan], [4, 5, 6], *[[np.nan] * 3] * 4]
+    np.testing.assert_array_equal(parse_lists(cells, "x"), expected)
+    with pytest.raises(DataError, match="row 0"):
+        parse_lists(pd.Series(["[1", "2]"]), "x")  # joined they would be one good list
 
 
 def test_definitions_know_their_suffix():
