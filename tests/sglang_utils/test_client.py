@@ -201,6 +201,9 @@ def test_former_weights_are_refused(fake):
     client.weight_version = "6"
     with pytest.raises(StaleWeights, match="sync"):
         loop.run(client.generate(IDS, PARAMS))
+    old.version = new.version = "6"
+    client.weight_version = "6"  # set anew after a sync: both are asked again
+    assert loop.run(client.generate(IDS, PARAMS)).weight_version == "6"
     client.close()
 
 

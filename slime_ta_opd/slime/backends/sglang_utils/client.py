@@ -70,7 +70,7 @@ class SGLangClient(Controls):
         self.max_concurrency, self.timeout, self.retries = max_concurrency, timeout, retries
         self.api_key = Secret(api_key) if api_key else None
         self.wait_timeout, self.vocab_size, self.name = wait_timeout, vocab_size, name
-        self.weight_version: str | None = None
+        self._weight_version: str | None = None
         self._session: aiohttp.ClientSession | None = None
         self._session_loop: asyncio.AbstractEventLoop | None = None
         self._gate: asyncio.Semaphore | None = None
@@ -90,6 +90,17 @@ class SGLangClient(Controls):
             vocab_size=(getattr(args, "student_config", None) or {}).get("vocab_size"),
             name=name or role,
         )
+
+    @property
+    def weight_version(self) -> str | None:
+        """The version that samples must come from; None accepts any. Setting it gives every replica a new chance."""
+        return self._weight_version
+
+    @weight_version.setter
+    def weight_version(self, version: str | None) -> None:
+        self._weight_version = version
+        for replica in self.replicas.all:
+            replica.stale = False
 
     # ------------------------------------------------------------------ model calls
 
