@@ -30,6 +30,10 @@ def train(args) -> None:
 
         for rollout_id in run.rollouts(start):
             batch = rollout.generate(rollout_id)  # sampled, scored, selected, split over data-parallel ranks
+            if args.exact_selection:  # the teacher is on the trainer's ranks: exact H, D and C come from there
+                with run.phase("score"):
+                    exact = actors.exact_metrics(batch)
+                batch = rollout.select(batch, exact)
             if not args.debug_rollout_only:
                 with run.phase("train"):
                     batch.metrics |= actors.train(rollout_id, batch)

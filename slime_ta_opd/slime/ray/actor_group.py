@@ -61,6 +61,11 @@ class ActorGroup:
         results = get([a.train.remote(rollout_id, batch.shards) for a in self.actors])
         return {f"train/{k}": float(v) for k, v in results[0].items() if isinstance(v, (int, float))}
 
+    def exact_metrics(self, batch) -> list[list[ray.ObjectRef]]:
+        """One box a data-parallel rank with the full-vocabulary values of its samples (Megatron teacher)."""
+        found = dict(get([a.exact_metrics.remote(batch.shards) for a in self.actors]))
+        return [found[rank] for rank in sorted(found)]
+
     def update_weights(self, rollout, version: int) -> None:
         rollout.resync = lambda: self.update_weights(rollout, version)
         engines = rollout.engines()

@@ -22,6 +22,7 @@ from slime.utils import fields
 from slime.utils.dp_schedule import split_for_data_parallel
 from slime.utils.types import Sample
 from ta_opd.errors import ServiceError
+from ta_opd.topk import TopK
 
 RESTARTS = 3  # times that one rollout may lose its engines
 
@@ -64,6 +65,13 @@ class RolloutGroup:
     def generate(self, rollout_id: int) -> Batch:
         return self._with_engines("generate", rollout_id)
 
+    def select(self, batch: Batch, exact: list[list[ray.ObjectRef]]) -> Batch:
+        """The same rollout, selected by the full-vocabulary values that the trainer's teacher gave (one box a rank)."""
+        selected = get([self.actor.select_exact.remote(batch.rollout_id, exact)])[0]
+        selected.seconds = {**batch.seconds, **selected.seconds, "rollout": batch.seconds["rollout"] + selected.seconds["rollout"]}
+        selected.spans = batch.spans + selected.spans
+        return selected
+
     def evaluate(self, rollout_id: int) -> dict[str, dict[str, Any]]:
         return self._with_engines("evaluate", rollout_id)
 
@@ -105,6 +113,7 @@ class RolloutManager:
         self.evaluation = {name: PromptDataSource(args, self.tokenizer, path=file, evaluation=True)
                            for name, file in args.eval_datasets.items()}  # fmt: skip
         self.servers = Servers(args, placement)
+        self.samples: list[Sample] = []  # of the last rollout
 
     def start(self) -> list[str]:
         """Starts every server side by side, waits, probes; returns the lines to show."""
@@ -129,15 +138,36 @@ class RolloutManager:
             if not isinstance(problem, StaleWeights):
                 self._heal(problem)
             raise
-        samples = [s for group in groups for s in group]
-        selection = self._select(samples, rollout_id)
+        self.samples = [s for group in groups for s in group]
         if self.args.save_debug_rollout_data:
             from slime.rollout.dump import dump_rollout
 
-            dump_rollout(self.args.save_debug_rollout_data, rollout_id, samples)
+            dump_rollout(self.args.save_debug_rollout_data, rollout_id, self.samples)
+        selection = None if self.args.exact_selection else self._select(rollout_id)
+        return self._batch(rollout_id, selection, begin)
+
+    def select_exact(self, rollout_id: int, exact: list[list[ray.ObjectRef]]) -> Batch:
+        """Selection of the last rollout by full-vocabulary values: exact[r] boxes what data-parallel rank r found."""
+        begin = time.time()
+        by_index: dict[int, dict] = {}
+        for (box,) in exact:
+            found = ray.get(box)
+            for i, index in enumerate(found["sample_indices"]):
+                by_index[index] = {k: v[i] for k, v in found.items()}
+        rows = [by_index[s.index] for s in self.samples]
+        for sample, row in zip(self.samples, rows, strict=True):
+            sample.teacher_log_probs = row["teacher_log_probs"]
+            sample.student_topk = TopK(row["student_topk_ids"], row["student_topk_logprobs"])
+            sample.teacher_topk = TopK(row["teacher_topk_ids"], row["teacher_topk_logprobs"])
+            sample.teacher_at_student_ids = row["teacher_at_student_ids"]
+        values = {name: [row[name] for row in rows] for name in ("H", "KLf", "KLr", "C")}
+        return self._batch(rollout_id, self._select(rollout_id, values), begin)
+
+    def _batch(self, rollout_id: int, selection: dict[str, Any] | None, begin: float) -> Batch:
+        """The manager's samples as train data, one shard a data-parallel rank."""
         with self.timer.phase("split"):
-            metrics = rollout_metrics(samples, selection)
-            data = fields.collect(samples, self._needed_fields())
+            metrics = rollout_metrics(self.samples, selection)
+            data = fields.collect(self.samples, self._needed_fields())
             shards = split_for_data_parallel(data, self.args.data_parallel_size, self.args.global_batch_size)
             refs = [[ray.put({**shard, "rollout_id": rollout_id})] for shard in shards]
         seconds = {**self.timer.take(), **self.servers.clients.take_seconds(), "rollout": time.time() - begin}
@@ -149,13 +179,13 @@ class RolloutManager:
         if any(name.startswith("student") for name in restarted) or (restarted and problem is not None):
             raise StaleWeights(f"restarted {', '.join(restarted)}") from problem
 
-    def _select(self, samples: list[Sample], rollout_id: int) -> dict[str, Any] | None:
-        if self.args.opd_type == "megatron" or self.args.opd_topk_metrics_k == 0:
+    def _select(self, rollout_id: int, exact: dict[str, list] | None = None) -> dict[str, Any] | None:
+        if exact is None and (self.args.opd_type == "megatron" or self.args.opd_topk_metrics_k == 0):
             return None
         from slime.rollout import tip_compat
 
         with self.timer.phase("select"):
-            return tip_compat.select_for_samples(self.args, samples, rollout_id)
+            return tip_compat.select_for_samples(self.args, self.samples, rollout_id, exact)
 
     def _needed_fields(self) -> list[str]:
         from slime.backends.megatron_utils.losses.registry import get_loss

@@ -35,10 +35,11 @@ class TrainActor:
         data = ray.get(shards[self.trainer.dp_rank][0])
         return self.trainer.train(rollout_id, data)
 
-    def exact_metrics(self, shards: list[list[ray.ObjectRef]]) -> dict:
-        """Full-vocabulary H, D and C of this rank's samples under a Megatron teacher."""
+    def exact_metrics(self, shards: list[list[ray.ObjectRef]]) -> tuple[int, list[ray.ObjectRef]]:
+        """Full-vocabulary H, D and C of this rank's samples under a Megatron teacher: (data-parallel rank, boxed result)."""
         data = ray.get(shards[self.trainer.dp_rank][0])
-        return self.trainer.exact_metrics(data)
+        found = self.trainer.exact_metrics(data)
+        return self.trainer.dp_rank, [ray.put({**found, "sample_indices": data["sample_indices"]})]
 
     def update_weights(self, engines: dict, version: int) -> dict:
         """Sends the student's weights to the engines; every rank takes part in gathering the shards."""

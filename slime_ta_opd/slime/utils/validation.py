@@ -122,6 +122,7 @@ def _selection(args):
         for what, needed in needs.items():
             if needed:
                 raise ConfigError(f"{what} needs top-k: expected --opd-topk-metrics-k of 1 or more (16 is usual), got 0")
+    args.exact_selection = args.opd_type == "megatron" and (selects or bool(args.opd_token_bank_dir))
     if args.opd_loss_reduction is None:
         per_sample = args.opd_profile == "released" and not args.calculate_per_token_loss
         args.opd_loss_reduction = "sample_mean" if per_sample else "kept_token_mean"
@@ -145,9 +146,10 @@ def _teacher(args):
             f"--rollout-temperature: expected 1.0, got {args.rollout_temperature}; a SGLang teacher scores at temperature 1 "
             "whatever is asked, so student and teacher log-probs would not be of one convention"
         )
-    args.teachers = parse_teachers(args)
+    args.teachers = parse_teachers(args) if args.opd_type == "sglang" else {}
     tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
-    directories = [d for d in [args.teacher_model, *args.teachers.values()] if isinstance(d, str) and Path(d).is_dir()]
+    in_trainer = args.opd_teacher_hf or args.opd_teacher_load if args.opd_type == "megatron" else None
+    directories = [d for d in [in_trainer, *args.teachers.values()] if isinstance(d, str) and (Path(d) / "config.json").is_file()]
     for directory in dict.fromkeys(directories):
         teacher_config = _hf_config(directory, "--teacher-model")
         context = teacher_config.get("max_position_embeddings")
