@@ -88,7 +88,7 @@ def build_report(directory: str | Path, output: str | Path | None = None, option
     table_files = write_tables({name: t for name, t in tables.items() if len(t)}, beside)
     picture_files = [p.write(beside) for p in pictures.values()] if options.pictures else []
     order = outcome_figures.best_first(outcomes)
-    sentences, warned = headline(suite, outcomes), health.warnings(checks)
+    sentences, warned = headline(suite, outcomes), health.warnings(checks) + [f"Selector recommendation: {text}" for text in suite.advice]
     text = page.render(
         pictures=pictures, heat=heat if heat["blocks"] else None, title=suite.title, facts=page_facts(suite), headline=sentences,
         summary=shown(table, ON_PAGE), several_seeds=any(len(r) > 1 for r in arms.values()), draws=f"{options.draws:,}",
@@ -142,9 +142,12 @@ def page_facts(suite: Suite) -> list[str]:
     seeds = max((len(runs) for runs in suite.arms.values()), default=1)
     k = config.get("opd_topk_metrics_k")
     loss = config.get("opd_loss_type")
+    rollouts = max(len(run.metrics) for run in suite.runs)
+    if not rollouts:
+        return [*given, f"{len(suite.runs)} checkpoint{'s' if len(suite.runs) > 1 else ''} on frozen contexts"]
     own = [
         f"{len(suite.arms)} method{'s' if len(suite.arms) > 1 else ''}, {seeds} seed{'s' if seeds > 1 else ''} each",
-        f"{max(len(run.metrics) for run in suite.runs)} rollouts of {config.get('rollout_batch_size', '?')} × {config.get('n_samples_per_prompt', '?')} responses",
+        f"{rollouts} rollouts of {config.get('rollout_batch_size', '?')} × {config.get('n_samples_per_prompt', '?')} responses",
         f"K = {k}" if k else "", f"loss {loss}" if loss else "", f"lr {config['lr']:g}" if config.get("lr") else "",
     ]  # fmt: skip
     return given + [fact for fact in own if fact]

@@ -99,6 +99,8 @@ def warnings(checks: list[Check]) -> list[str]:
 
 def curves(arms, samples, styles) -> Picture | None:
     """Response length, truncated share, student entropy and repetition over training."""
+    if not samples and not any(len(run.metrics) for runs in arms.values() for run in runs):
+        return None
     panels = [("response length, tokens", "rollout/response_length"), ("truncated responses", "rollout/truncated")]
     with drawing() as plt:
         figure, axes = plt.subplots(1, 4, figsize=(10.6, 2.7))

@@ -7,6 +7,7 @@ fixed_context_metrics.parquet. A suite is a directory of run directories, or one
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +40,16 @@ FIXED_CONTEXT_FILE = "fixed_context_metrics.parquet"
 
 @dataclass(frozen=True)
 class ArmKey:
-    """What runs of different seeds share: the mask and the budget asked for."""
+    """What runs of different seeds share: the mask and the budget asked for. title: a label of its own, for checkpoints of one run."""
 
     mask: str
     ratio: float
+    title: str = ""
 
     @property
     def label(self) -> str:
+        if self.title:
+            return self.title
         name = MASK_LABELS.get(self.mask, self.mask)
         return name if self.mask == "full" else f"{name} {100 * self.ratio:.3g} %"
 
@@ -90,6 +94,7 @@ class Suite:
     facts: dict[str, Any] = field(default_factory=dict)
     topn: pd.DataFrame | None = None
     bank_prompts: pd.DataFrame | None = None
+    advice: list[str] = field(default_factory=list)
 
     @property
     def arms(self) -> dict[ArmKey, list[Run]]:
@@ -109,15 +114,19 @@ def load(directory: str | Path, title: str | None = None) -> Suite:
     found = find_runs(directory)
     runs = [run for path, contexts in found if (run := read_run(path, contexts, notes)) is not None]
     if not runs:
+        runs = diagnostic_checkpoints(directory, notes)
+    if not runs:
         raise DataError(
-            f"report: no run with a metrics.jsonl in {directory}; expected a run directory, a directory of runs, or a suite with a "
-            "suite_summary.csv"
+            f"report: no run with a metrics.jsonl in {directory}; expected a run directory, a directory of runs, a suite with a "
+            f"suite_summary.csv, or a diagnostic with eval_*/{FIXED_CONTEXT_FILE}"
         )
     order = {name: i for i, name in enumerate(facts.get("runs", []))}
     runs.sort(key=lambda run: order.get(run.name, len(order)))
     suite = Suite(directory, title or facts.get("title") or directory.resolve().name, runs, notes, facts)
     for candidate in sorted(directory.rglob("matched_fixed_context_topn.csv"))[:1]:
         suite.topn = pd.read_csv(candidate)
+    for path in sorted(directory.rglob("selector_recommendation.json"))[:1]:
+        suite.advice = [str(text) for text in _json(path).get("warnings", [])]
     bank = next((p for p in (directory / "context_bank.parquet", directory / "baseline" / "context_bank.parquet") if p.is_file()), None)
     if bank is not None:
         suite.bank_prompts = read_table(bank)
@@ -143,6 +152,35 @@ def find_runs(directory: Path) -> list[tuple[Path, Path | None]]:
     return [(child, None) for child in children]
 
 
+def diagnostic_checkpoints(directory: Path, notes: list[str]) -> list[Run]:
+    """Checkpoints of a fixed-context diagnostic (eval_<name>/), oldest first, `latest` last; each is shown as an arm of its own."""
+
+    def age(path: Path) -> tuple[bool, list[int], str]:
+        return path.name == "eval_latest", [int(n) for n in re.findall(r"\d+", path.name)], path.name
+
+    runs = []
+    for path in sorted((p.parent for p in directory.glob(f"eval_*/{FIXED_CONTEXT_FILE}")), key=age):
+        contexts, meta = _read_contexts(path, path.name, notes)
+        if contexts is not None:
+            key = ArmKey("full", 1.0, title="Checkpoint " + path.name.removeprefix("eval_").replace("_", " "))
+            runs.append(Run(path.name, path, key, "", {}, pd.DataFrame({"rollout_id": []}), [], {}, None, contexts, meta))
+    return runs
+
+
+def _read_contexts(place: Path, name: str, notes: list[str]) -> tuple[pd.DataFrame | None, dict[str, Any]]:
+    """The scored contexts in `place` and their record, or None with a note where they cannot be used."""
+    file = place / FIXED_CONTEXT_FILE
+    try:
+        contexts, meta = read_table(file), read_meta(file)
+    except DataError as error:
+        notes.append(f"{name}: {error}")
+        return None, {}
+    if "KLf_full_base" not in contexts or "KLf_full" not in contexts:
+        notes.append(f"{name}: {FIXED_CONTEXT_FILE} has no before-training columns (KLf_full_base), left out")
+        return None, {}
+    return contexts, meta
+
+
 def _near(path: Path, suite: Path) -> Path:
     """A run directory as written, or where it lies when the suite's parent directory was moved."""
     moved = suite.parent / path.name
@@ -165,17 +203,8 @@ def read_run(directory: Path, contexts_dir: Path | None, notes: list[str]) -> Ru
     ratio = float(config.get("opd_budget_ratio") or bank_config.get("opd_budget_ratio") or 1.0)
     key = ArmKey("full", 1.0) if mask in ("none", "full") or ratio >= 1 else ArmKey(_canonical(mask), ratio)
     seed = "/".join(str(config[k]) for k in ("seed", "rollout_seed", "opd_budget_mask_seed") if config.get(k) is not None)
-    contexts, meta = None, {}
-    for place in (directory, contexts_dir):
-        if place is not None and (place / FIXED_CONTEXT_FILE).is_file():
-            try:
-                contexts, meta = read_table(place / FIXED_CONTEXT_FILE), read_meta(place / FIXED_CONTEXT_FILE)
-            except DataError as error:
-                notes.append(f"{directory.name}: {error}")
-            break
-    if contexts is not None and "KLf_full_base" not in contexts:
-        notes.append(f"{directory.name}: {FIXED_CONTEXT_FILE} has no before-training columns (KLf_full_base), left out")
-        contexts = None
+    place = next((p for p in (directory, contexts_dir) if p is not None and (p / FIXED_CONTEXT_FILE).is_file()), None)
+    contexts, meta = _read_contexts(place, directory.name, notes) if place else (None, {})
     return Run(
         directory.name, directory, key, seed, config, metrics, json_lines(directory / "eval.jsonl"), _json(directory / "DONE"),
         bank_dir if bank_dir.is_dir() else None, contexts, meta,
