@@ -69,6 +69,7 @@ _SINGLE = """bash @LAUNCHER@ &
 """
 
 _MULTI = """PY=${PY:-.venv/bin/python}
+export PYTHONPATH=$PWD:$PWD/slime_ta_opd${PYTHONPATH:+:$PYTHONPATH}
 port=$((20000 + SLURM_JOB_ID % 20000))
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$("$PY" -c 'import secrets; print(secrets.token_hex(32))') # only this job may talk to its cluster
@@ -82,7 +83,7 @@ srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \\
 srun --overlap --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" \\
   "$PY" -m ray.scripts.scripts start --block --address="$head_ip:$port" --disable-usage-stats &
 
-RAY_ADDRESS=$head_ip:$port PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$PY" tools/run_on_ray.py --address "$head_ip:$port" --wait-nodes @NODES@ \\
+RAY_ADDRESS=$head_ip:$port "$PY" tools/run_on_ray.py --address "$head_ip:$port" --wait-nodes @NODES@ \\
   -- bash @LAUNCHER@ &
 """
 

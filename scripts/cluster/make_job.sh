@@ -32,6 +32,7 @@ if [[ $JOB_KIND == kuberay && ! $JOB_NAME =~ ^[a-z]([a-z0-9-]{0,45}[a-z0-9])?$ ]
 fi
 stop_on_errors
 job_python=${PY-} # of the job; this host's choice stays here
+PY=""
 use_python
 exec env PY="$job_python" "$PY" "$TA_OPD_ROOT/tools/make_cluster_job.py" --kind "$JOB_KIND" --launcher "$LAUNCHER" --output "$JOB_FILE" --job-name "$JOB_NAME" \
   --nodes "$NUM_NODES" --gpus "$GPUS_PER_NODE" --cpus "$CPUS_PER_NODE" --memory "$MEMORY_PER_NODE" --time "$TIME_LIMIT" \

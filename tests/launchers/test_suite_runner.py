@@ -24,7 +24,7 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
 fi
 echo "$METHOD_NAME $SEED" >> "$RAN"
 if [[ $METHOD_NAME == "${FAILS:-}" ]]; then echo "out of memory" >&2; exit 3; fi
-if [[ $METHOD_NAME == "${HANGS:-}" ]]; then echo $$ > "$RAN.pid"; sleep 100 & wait; fi
+if [[ $METHOD_NAME == "${HANGS:-}" ]]; then echo $$ > "$RAN.pid"; exec sleep 100; fi
 mkdir -p "$SAVE_DIR/token_bank"
 echo '{"seconds": 1}' > "$SAVE_DIR/DONE"
 """

@@ -1,0 +1,87 @@
+"""Slurm and KubeRay jobs: what is in the tree equals what make_job.sh writes, and both are well formed."""
+
+import json
+import shlex
+import shutil
+import subprocess
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.launchers.conftest import ROOT
+
+MAKE = "scripts/cluster/make_job.sh"
+SCHEMA = json.loads((ROOT / "tests/launchers/rayjob.schema.json").read_text())
+
+
+@pytest.mark.parametrize(("kind", "file"), [("slurm", "slurm.sbatch"), ("kuberay", "rayjob.yaml")])
+def test_the_files_in_the_tree_are_what_is_written(kind, file, launch):
+    done = launch(MAKE, JOB_KIND=kind, NUM_NODES="2", check=True, OUTPUT_ROOT="")
+    assert done.out == (ROOT / "scripts/cluster" / file).read_text()
+
+
+@pytest.mark.parametrize("nodes", ["1", "4"])
+def test_slurm(nodes, launch, pair_variables, tmp_path):
+    variables = pair_variables("8b_to_4b") | {"METHOD_LIST": "pure_opd:1.0 tip:0.1", "WANDB_PROJECT": "it's $mine"}
+    done = launch(MAKE, NUM_NODES=nodes, GPUS_PER_NODE="4", PARTITION="gpu", ACCOUNT="us", TIME_LIMIT="1-12:00:00", check=True, **variables)
+    job = tmp_path / "job.sbatch"
+    job.write_text(done.out)
+    assert subprocess.run(["bash", "-n", job]).returncode == 0
+    assert subprocess.run([ROOT / ".venv/bin/shellcheck", "-e", "SC1091,SC2016", job], capture_output=True, text=True).stdout == ""
+    for line in (f"--nodes={nodes}", "--gpus-per-node=4", "--partition=gpu", "--account=us", "--time=1-12:00:00"):
+        assert f"#SBATCH {line}\n" in done.out
+    assert "export METHOD_LIST='pure_opd:1.0 tip:0.1'\n" in done.out
+    assert f"export WANDB_PROJECT={shlex.quote(variables['WANDB_PROJECT'])}\n" in done.out
+    assert ("ray.scripts.scripts start --head" in done.out) == (nodes != "1")
+    if shutil.which("sbatch"):
+        assert subprocess.run(["sbatch", "--test-only", job]).returncode == 0
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_kuberay(nodes, launch, pair_variables):
+    variables = pair_variables("8b_to_4b") | {"METHOD_LIST": "pure_opd:1.0 tip:0.1"}
+    done = launch(MAKE, JOB_KIND="kuberay", NUM_NODES=str(nodes), LAUNCHER="scripts/train/run_tip.sh", check=True, **variables)
+    job = yaml.safe_load(done.out)
+    jsonschema.validate(job, SCHEMA)
+    cluster = job["spec"]["rayClusterSpec"]
+    assert sum(g["replicas"] for g in cluster.get("workerGroupSpecs", [])) == nodes - 1
+    assert cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:3] == ["env", "-C", "/workspace/ta-opd"] and words[-2:] == ["bash", "scripts/train/run_tip.sh"]
+    assert "RAY_ADDRESS=auto" in words and (f"ACTOR_NUM_NODES={nodes}" in words) == (nodes > 1)
+    assert not [w for w in words if w.startswith("METHOD_LIST")]  # run_tip.sh has no such variable
+
+
+def test_the_schema_refuses_what_kuberay_does_not_know():
+    job = yaml.safe_load((ROOT / "scripts/cluster/rayjob.yaml").read_text())
+    jsonschema.validate(job, SCHEMA)
+    for change in (
+        lambda j: j["spec"].update(entryPoint="x"),
+        lambda j: j["metadata"].update(name="Upper"),
+        lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"].pop("template"),
+        lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update(x=1),
+    ):
+        broken = json.loads(json.dumps(job))
+        change(broken)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, SCHEMA)
+
+
+def test_cpu_nodes_and_a_python_of_the_job(launch):
+    done = launch(MAKE, NUM_NODES="1", GPUS_PER_NODE="0", PY="/opt/env/bin/python", check=True)
+    assert "gpus-per-node" not in done.out
+    assert "export PY=/opt/env/bin/python\n" in done.out
+    assert "PY=" not in launch(MAKE, NUM_NODES="1", check=True).out.replace("PY=${PY", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("TIME_LIMIT", "tomorrow", "hours:minutes:seconds"), ("MEMORY_PER_NODE", "lots", "a size such as 512G"),
+        ("LAUNCHER", "scripts/none.sh", "a script of this project"), ("JOB_NAME", "TA_OPD", "lower-case letters"), ("NUM_NODES", "0", "an integer >= 1"),
+    ],
+)  # fmt: skip
+def test_wrong_values(name, value, expected, launch):
+    done = launch(MAKE, JOB_KIND="kuberay", **{name: value})
+    assert done.code == 2 and f"error: {name}={value}: expected" in done.err and expected in done.err
