@@ -133,3 +133,16 @@ def install_seeded_sampling() -> None:
     """Every request is sampled from its own `sampling_seed`, so that a run on CPU repeats itself."""
     after_import("sglang.srt.sampling.sampling_batch_info", _seed_every_request)
     after_import("sglang.srt.layers.sampler", _sample_with_seed)
+
+
+def _wake_often(module) -> None:
+    def maybe_sleep(self):
+        self.poller.poll(10)
+
+    module.IdleSleeper.maybe_sleep = maybe_sleep
+
+
+def install_short_sleep() -> None:
+    """An idle scheduler looks around every 10 ms instead of every second: what waits without a message of its own (a cache
+    flush that had to wait for the last reply) is then done at once, and the core is free all the same."""
+    after_import("sglang.srt.managers.scheduler_components.idle_sleeper", _wake_often)
