@@ -297,7 +297,7 @@ def _report(config, out, log) -> Step:
     target = out / "report.html"
 
     def run() -> None:
-        command = [part.format(diag_dir=str(out), output=str(target)) for part in config.report_command]
+        command = [part.format(diag_dir=str(out), output=str(target), student=config.student) for part in config.report_command]
         _command(command, out / "logs" / "report.log", "the report")
 
     return Step("report", run, [out / config.summary_name, out / "eval_latest" / METRICS], config.report_command, [target])

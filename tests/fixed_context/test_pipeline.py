@@ -88,6 +88,12 @@ def test_an_interrupted_step_is_not_taken_for_done(config, monkeypatch):
     assert run_pipeline(config, **QUIET)["robustness"] == "done"
 
 
+def test_the_report_is_the_last_step(config, tmp_path):
+    report = ("bash", "-c", "test -d {student} && cp {diag_dir}/summary.md {output}")
+    results = run_pipeline(PipelineConfig(**{**config.__dict__, "report_command": report}), **QUIET)
+    assert list(results)[-1] == "report" and "tiny" in (tmp_path / "diag" / "report.html").read_text()
+
+
 def torch_dist(root, numbers, latest):
     for n in numbers:
         write_table(root / f"iter_{n:07d}" / "x.csv", read_table_of(n))
