@@ -168,7 +168,7 @@ def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, scratc
     np.divide(union.num_shared, student.K, out=out["Coverlap"], casting="same_kind")
     np.minimum(union.shared_mass, 1, out=out["Cmass_topk"])
     out["Cmass"][:] = out["Cmass_topk"]
-    tails = _tails(union, student, teacher, p_sides) if support == "union_tail" else None
+    tails = _tails(union, student, teacher, p_sides, mass_sides) if support == "union_tail" else None
     _divergences(union, mass_sides, tails, scratch, out)
 
 
@@ -221,16 +221,24 @@ def _column(value: float, like_BU: np.ndarray) -> np.ndarray:
     return np.full((like_BU.shape[0], 1), value, like_BU.dtype)
 
 
-def _tails(union: Union, student: TopK, teacher: TopK, p_sides) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per side (R, m): the probability left for what it did not return, and what one missing member gets. See the module."""
+def _tails(union: Union, student: TopK, teacher: TopK, p_sides, mass_sides) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per side (R, m, n): the probability left for what it did not return, what a missing member gets, and how many are missing."""
+    counts = [_num_real(topk.ids) for topk in (student, teacher)]
     result = []
-    for own, other, p_BK in ((student, teacher, p_sides[0]), (teacher, student, p_sides[1])):
-        count_B, other_count_B = ((x.ids >= 0).sum(axis=1) for x in (own, other))
-        left_B = np.maximum(1 - _row_sum(p_BK), TAIL_RESOLUTION).astype(p_BK.dtype)
+    for p_BK, mass_B, count_B, other_count_B in zip(p_sides, mass_sides, counts, counts[::-1], strict=True):
+        num_missing_B = other_count_B - union.num_shared
+        left_B = np.maximum(1 - mass_B, TAIL_RESOLUTION).astype(p_BK.dtype)
         smallest_B = p_BK[np.arange(len(p_BK)), np.maximum(count_B - 1, 0)]
-        missing_B = np.minimum(smallest_B, left_B / (other_count_B - union.num_shared + 1))
-        result.append((left_B, missing_B.astype(p_BK.dtype), other_count_B - union.num_shared))
+        missing_B = np.minimum(smallest_B, left_B / (num_missing_B + 1))
+        result.append((left_B, missing_B.astype(p_BK.dtype), num_missing_B))
     return result
+
+
+def _num_real(ids_BK: np.ndarray) -> np.ndarray:
+    """[B] entries of each row; padding is last, so a row whose last id is real is full."""
+    if (ids_BK[:, -1] >= 0).all():
+        return np.full(ids_BK.shape[0], ids_BK.shape[1])
+    return (ids_BK >= 0).sum(axis=1)
 
 
 def _divergences(union: Union, mass_sides, tails, scratch: Scratch, out: dict) -> None:
