@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-dir", type=Path, default=ROOT / "outputs" / "cache", help="where the two models are kept")
     parser.add_argument("--methods", default=plan.METHODS, help="method:ratio entries (default: %(default)s)")
     parser.add_argument("--seeds", default="seed1", help="seed labels: seed1 seed2 ..., every method with each (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="rollouts of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="rollouts of each run (default: %(default)s)")
     parser.add_argument("--contexts", type=int, default=300, help="frozen held-out contexts (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the trainer (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="run again what finished runs with the same settings are there for")
