@@ -255,24 +255,33 @@ class Bench:
         """A whole rollout: scoring starts when a sample is finished. Also bytes a token that stay in memory."""
         import psutil
 
+        self.args.custom_generate_function_path = f"{Path(__file__).resolve()}:sample_of_own_length"
+        lengths = [own_length(i, self.o.response_len) for i in range(self.o.prompts)]
         file = self.folder / "prompts.jsonl"
         file.write_text("".join(json.dumps({"prompt": "x" * self.o.prompt_len}) + "\n" for _ in range(self.o.prompts)))
         source = PromptDataSource(argparse.Namespace(**vars(self.args), prompt_data=str(file)), PreparedIds(self.prompts))
-        tokens = self.o.prompts * self.o.response_len
-        alone, replies = self._sample({"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}, 16)
-        last = replies[-1]
-        one = timed(self.clients.teachers["default"].score(self.prompts[-1] + last.output_ids, len(last.output_ids), 16))[0]
-        del replies, last
+        tokens, student = sum(lengths), self.clients.student
+        alone = 1e9
+        for _ in range(self.o.repeats):
+            calls = [student.generate(p, own_params(i, n), 16) for i, (p, n) in enumerate(zip(self.prompts, lengths, strict=True))]
+            seconds, replies = timed(gather(calls))
+            alone = min(alone, seconds)
+        last = max(range(len(lengths)), key=lengths.__getitem__)
+        sequence = self.prompts[last] + replies[last].output_ids
+        one = min(timed(self.clients.teachers["default"].score(sequence, lengths[last], 16))[0] for _ in range(self.o.repeats))
+        del replies
         gc.collect()
         for name in ("score_after_generation", "score_whole_sequence"):
             loop.run(self.clients.teachers["default"].flush_cache())
             began = time.perf_counter()
+            source.next_group = source.next_index = source.position = 0
             generate_rollout(argparse.Namespace(**vars(self.args), **{name: True}), 0, source, self.clients)
             self.row("overlap", for_comparison=name, seconds=time.perf_counter() - began, **self.clients.take_seconds())
         process = psutil.Process()
         for n in range(self.o.repeats):
             loop.run(self.clients.teachers["default"].flush_cache())
             before, began = process.memory_info().rss, time.perf_counter()
+            source.next_group = source.next_index = source.position = 0  # the same prompts, lengths and seeds each time
             groups = generate_rollout(self.args, n, source, self.clients)
             seconds, parts = time.perf_counter() - began, self.clients.take_seconds()
             gc.collect()
@@ -313,6 +322,23 @@ def timed(coroutine):
 
 async def gather(coroutines):
     return await asyncio.gather(*coroutines)
+
+
+def own_length(index: int, longest: int) -> int:
+    """Between a half of `longest` and all of it: responses of a real rollout do not all end at one moment."""
+    return int(np.random.default_rng([7, index]).integers(longest // 2, longest + 1))
+
+
+def own_params(index: int, length: int) -> dict:
+    return {"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True, "sampling_seed": index}
+
+
+async def sample_of_own_length(args, sample, sampling_params, client):
+    from slime.rollout.sampling import append_reply
+
+    params = own_params(sample.index, own_length(sample.index, args.rollout_max_response_len))
+    append_reply(sample, await client.generate(sample.tokens, params, args.opd_topk_metrics_k), args.opd_topk_metrics_k)
+    return sample
 
 
 class PreparedIds:
