@@ -26,6 +26,14 @@ def join(rank: int, ranks: int, port: int) -> None:
     _state["world"] = (ranks, port)
 
 
+def leave(rank, ranks, port, **layout) -> None:
+    """Leaves the world."""
+    from slime.backends.megatron_utils import distributed
+
+    distributed.leave_world()
+    _state.clear()
+
+
 def make_args(model, **changes) -> argparse.Namespace:
     base = dict(
         hf_checkpoint=str(model), opd_loss_type="topk_reverse_kl", max_tokens_per_gpu=64, lr=1e-3, fp32=True, adam_eps=1e-5,

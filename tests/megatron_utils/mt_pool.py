@@ -43,6 +43,8 @@ class Pool:
     def run(self, name: str, ranks: int, timeout: float = 240, **kwargs) -> list:
         layout = (ranks, *(kwargs.get(name, 1) for name in LAYOUT))
         if layout != self.layout:
+            if self.layout is not None and name != "leave":  # all ranks of the old world leave it together: NCCL waits for that
+                self.run("leave", self.layout[0], **dict(zip(LAYOUT, self.layout[1:], strict=True)))
             self.layout, self.port = layout, free_port()
         for _, pipe in self.workers[:ranks]:
             pipe.send((name, ranks, self.port, kwargs))
