@@ -19,7 +19,7 @@ if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
     _hooks = _run_file("_cpu_support_hooks", os.path.join(os.path.dirname(_here), "hooks.py"))
     _hooks.install_triton_stub()
     _hooks.install_torchvision_schema()
-    _hooks.install_short_sleep()
+    _hooks.install_quick_flush()
     if os.environ.get("SLIME_SEEDED_SAMPLING") == "1":
         _hooks.install_seeded_sampling()
 
