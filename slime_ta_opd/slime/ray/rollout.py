@@ -49,11 +49,12 @@ class RolloutGroup:
     def __init__(self, args, placement: Placement):
         self.args = args
         self.actor = RolloutManager.options(**placement.options(0, gpus=[])).remote(args, placement)
-        self._ready = self.actor.start.remote()
+        # beside the trainer's start, but not on its GPUs: there it has to take its memory first
+        self._ready = None if args.colocate and args.device == "cuda" else self.actor.start.remote()
         self.resync: Callable[[], None] = lambda: None  # sends the current weights; set by the run once there is a trainer
 
     def wait_ready(self) -> None:
-        for line in get([self._ready])[0]:
+        for line in get([self._ready or self.actor.start.remote()])[0]:
             print(line)
 
     def engines(self) -> dict:

@@ -74,10 +74,12 @@ class Servers:
 
     def start(self) -> list[str]:
         """Starts all, waits, connects and probes; returns lines to show. Raises ServiceError with the log's end."""
-        managed = self._managed()
-        for server in managed:
-            self._launch(server)
-        ray.get([m.actor.wait_ready.remote(self.args.server_start_timeout) for m in managed])
+        # SGLang sizes its cache by the memory it finds free: servers that share a GPU start one after another
+        shared = self.args.device == "cuda" and self.args.teacher_colocate and self.args.colocate
+        for batch in [[m] for m in self._managed()] if shared else [self._managed()]:
+            for server in batch:
+                self._launch(server)
+            ray.get([m.actor.wait_ready.remote(self.args.server_start_timeout) for m in batch])
         self._connect()
         if self.args.skip_probe:
             return []
