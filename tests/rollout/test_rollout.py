@@ -217,6 +217,23 @@ def test_after_an_error_a_second_call_goes_on_and_nothing_is_lost_or_doubled(arg
     assert [s.tokens for s in flat(groups)] == [s.tokens for s in flat(reference)]
 
 
+def test_groups_that_were_finished_before_the_error_are_kept(args, tokenizer):
+    both, source = clients(), PromptDataSource(args, tokenizer)
+    sample, doomed = both.student.generate, tokenizer("Q2+1?")["input_ids"]
+
+    async def fails_for_the_last_group(ids, *rest, **kw):
+        if list(ids) == doomed:
+            await asyncio.sleep(0.3)
+            raise ServiceError("gone")
+        return await sample(ids, *rest, **kw)
+
+    both.student.generate = fails_for_the_last_group
+    with pytest.raises(ServiceError, match="gone"):
+        generate_rollout(args, 0, source, both)
+    assert [g[0].group_index for g in source.buffer] == [0, 1, 2]
+    assert [s.teacher_log_probs is not None for g in source.buffer for s in g] == [True] * 4 + [False] * 2
+
+
 def test_context_limits_the_response(args, tokenizer):
     args.rollout_max_context_len = 17
     args.rollout_max_response_len = 12
