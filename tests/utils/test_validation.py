@@ -1,0 +1,139 @@
+"""Bad input: one clear error each, before anything heavy starts, and nothing is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart import arithmetic
+from slime.utils.arguments import parse_args
+from slime.utils.plan import count_parameters
+from slime.utils.validation import validate
+from ta_opd.errors import TaOpdError
+from tests.helpers.models import write_tiny_qwen3
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    root = tmp_path_factory.mktemp("validation")
+    paths = arithmetic.write_task(root, num_train=8, num_heldout=4, seed=1)
+    for seed, name in enumerate(("student", "teacher")):
+        write_tiny_qwen3(root / name, paths["tokenizer"], seed)
+    return root
+
+
+def flags(task, *more):
+    return ["--hf-checkpoint", str(task / "student"), "--teacher-model", str(task / "teacher"), "--prompt-data", str(task / "train.jsonl"),
+            "--label-key", "label", "--rollout-batch-size", "4", "--rollout-max-response-len", "32", "--opd-topk-metrics-k", "8",
+            "--output-dir", str(task / "out"), *more]  # fmt: skip
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_good_command_line_passes_and_derives_what_follows(task):
+    args = validate(parse_args(flags(task, "--n-samples-per-prompt", "2")))
+    assert (args.global_batch_size, args.data_parallel_size, args.num_prompts) == (8, 1, 8)
+    assert args.opd_loss_reduction == "kept_token_mean" and args.teachers == {"default": str(task / "teacher")}
+    assert not (task / "out").exists()
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--hf-checkpoint", "/nowhere"], "--hf-checkpoint: expected an HF model directory, got '/nowhere', which does not exist"),
+    (["--teacher-model", "/nowhere"], "--teacher-model: expected an HF model directory"),
+    (["--prompt-data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+    (["--input-key", "question"], "question"),
+    (["--opd-budget-mask", "teachable"], "unknown mask 'teachable'; did you mean 'teachability'"),
+    (["--opd-budget-mask", "entropy", "--opd-topk-metrics-k", "0"], "needs top-k"),
+    (["--opd-budget-ratio", "10"], r"expected a share in \(0, 1\], got 10"),
+    (["--opd-budget-ratio", "0"], r"expected a share in \(0, 1\]"),
+    (["--global-batch-size", "3"], "expected a divisor of rollout-batch-size x n-samples-per-prompt = 4 x 1 = 4, got 3"),
+    (["--rollout-temperature", "0.7"], "scores at temperature 1"),
+    (["--rollout-max-response-len", "256"], "expected room for a prompt within the context of 256"),
+    (["--rollout-max-context-len", "512"], "the student's limit is 256, got 512"),
+    (["--num-layers", "3"], "num_hidden_layers = 2, got 3"),
+    (["--bf16", "--fp32"], "expected one of them, got both"),
+    (["--opd-loss-type", "full_reverse_kl"], "expected --opd-type megatron, got sglang"),
+    (["--rm-url", "http://127.0.0.1:1/generate"], "exactly one of --teacher-model, --rm-url and --teacher"),
+    (["--tensor-model-parallel-size", "2"], "to be a multiple of TP x PP x CP = 2 x 1 x 1"),
+    (["--eval-interval", "1"], "expected --eval-prompt-data"),
+    (["--eval-prompt-data", "only"], "expected pairs of NAME FILE"),
+    (["--load", "/nowhere"], "--load: expected a checkpoint directory"),
+    (["--opd-metric-q-low", "0.9", "--opd-metric-q-high", "0.1"], "q"),
+    (["--opd-type", "megatron"], "expected --opd-teacher-load"),
+    (["--opd-selector-path", "no.such.module:rule"], "no.such"),
+])  # fmt: skip
+def test_bad_flags(task, more, message):
+    with pytest.raises(TaOpdError, match=message):
+        validate(parse_args(flags(task, *more)))
+    assert not (task / "out").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "empty|no prompt"),
+    ('{"prompt": "Q1+1?", "label": "2"}\nnot json\n', "2"),
+    ('{"label": "2"}\n', "prompt"),
+])  # fmt: skip
+def test_bad_prompt_files(task, tmp_path, text, message):
+    with pytest.raises(TaOpdError, match=message):
+        validate(parse_args(flags(task, "--prompt-data", write(tmp_path / "p.jsonl", text))))
+
+
+def test_tokenizers_that_differ_are_refused_by_the_first_difference(task, tmp_path):
+    other = tmp_path / "other"
+    paths = arithmetic.write_task(tmp_path / "t", num_train=4, num_heldout=2, seed=1)
+    write_tiny_qwen3(other, paths["tokenizer"], 5)
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(TaOpdError, match="tokenizers differ.*first difference '0'"):
+        validate(parse_args(flags(task, "--teacher-model", str(other))))
+
+
+def test_several_teachers(task, tmp_path):
+    words = [w for w in flags(task) if w not in ("--teacher-model", str(task / "teacher"))]
+    teachers = ["--teacher", f"math={task / 'teacher'}", "--teacher", "code=http://a:1", "--teacher", "code=http://b:1"]
+    rows = '{"prompt": "Q1+1?", "label": "2", "teacher": "math"}\n{"prompt": "Q1+2?", "label": "3", "teacher": "code"}\n'
+    args = validate(parse_args([*words, *teachers, "--prompt-data", write(tmp_path / "p.jsonl", rows)]))
+    assert args.teachers == {"math": str(task / "teacher"), "code": ["http://a:1", "http://b:1"]}
+    with pytest.raises(TaOpdError, match="law"):
+        validate(parse_args([*words, *teachers, "--prompt-data", write(tmp_path / "q.jsonl", rows.replace('"math"', '"law"'))]))
+    with pytest.raises(TaOpdError, match="--teacher-key"):
+        validate(parse_args([*words, *teachers]))  # prompts that name no teacher
+    with pytest.raises(TaOpdError, match="expected NAME=URL"):
+        validate(parse_args([*words, "--teacher", "http://a"]))
+
+
+def test_the_command_prints_one_line_and_starts_nothing(task):
+    words = [sys.executable, str(ROOT / "slime_ta_opd" / "train.py"), *flags(task, "--opd-budget-ratio", "10")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT / "slime_ta_opd", timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["error: --opd-budget-ratio: expected a share in (0, 1], got 10.0 (0.10 keeps 10 %)"]
+    assert not (task / "out").exists()
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(task):
+    words = [sys.executable, str(ROOT / "slime_ta_opd" / "train.py"), *flags(task, "--dry-run", "--num-rollout", "10", "--save-interval", "5")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT / "slime_ta_opd", timeout=120)
+    assert done.returncode == 0, done.stderr
+    for piece in ("trainer: 1 ranks on CPU process 0", "student engine 0", "teacher 'default'", "4 prompts x 1 samples = 4 a rollout",
+                  "checkpoints:", "opd_budget_mask: none", "free)"):  # fmt: skip
+        assert piece in done.stdout, piece
+    assert not (task / "out").exists()
+
+
+def test_parameter_count_matches_the_model(task):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(task / "student")
+    exact = sum(p.numel() for p in model.parameters())
+    config = json.loads((task / "student" / "config.json").read_text())
+    assert abs(count_parameters(config) - exact) / exact < 0.01
