@@ -25,7 +25,7 @@ PLOTTED = {
 }
 NOTES = (
     "budget real: kept tokens over valid tokens of the whole run. reverse KL: sampled-token estimate over all valid tokens, mean of "
-    "the first and last five rollouts. frozen KL: full-vocabulary KL(teacher || student) on the same contexts before and after; gain "
+    "the first and last five rollouts (half of a shorter run). frozen KL: full-vocabulary KL(teacher || student) on the same contexts before and after; gain "
     "is their difference. Intervals are 95 % t-intervals over seeds; a single seed has none."
 )
 # Okabe-Ito: told apart with every common colour blindness; markers say the same again
@@ -89,8 +89,11 @@ def plots(seeds: pd.DataFrame, directory: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         for (method, group), (colour, marker) in zip(seeds.groupby("method", sort=False), _styles(seeds), strict=True):
             group = group[group[name].notna()].sort_values("budget_asked")
-            half = (group[f"{name}_high"] - group[name]).fillna(0.0)
+            half = group[f"{name}_high"] - group[name]
+            half = half if half.notna().any() else None  # a single seed has no interval
             axes.errorbar(group["budget_asked"], group[name], yerr=half, label=method, color=colour, marker=marker, capsize=3, linewidth=1.2)
+            if len(group) == 1 and group["mask"].iloc[0] == "full":
+                axes.axhline(group[name].iloc[0], color=colour, linewidth=0.8, linestyle="--")
         axes.set(xlabel="share of valid tokens asked for", ylabel=title, xscale="log")
         ticks = sorted(seeds["budget_asked"].unique())
         axes.set_xticks(ticks, [f"{t:.4g}" for t in ticks])

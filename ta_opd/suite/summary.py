@@ -23,7 +23,7 @@ COLUMNS = (
     "train_seconds", "seconds", "run_dir",
 )  # fmt: skip
 MEANS = ("budget_real", "reverse_kl_last", "forward_kl_after", "gain", "gain_relative", "q3_gap", "accuracy_after", "train_seconds")
-KL_WINDOW = 5  # rollouts averaged at both ends of a run
+KL_WINDOW = 5  # rollouts averaged at both ends of a run, at most half of it
 
 
 def summarize(settings: Settings, rows: Sequence[Row], memory: Memory) -> pd.DataFrame:
@@ -55,10 +55,11 @@ def _training(path: Path) -> dict[str, Any]:
         return {}
     kept, valid = (sum(r.get(f"rollout/{k}_tokens", 0) for r in ordered) for k in ("kept", "valid"))
     kl = [r.get("rollout/reverse_kl_valid", math.nan) for r in ordered]
+    window = min(KL_WINDOW, max(1, len(ordered) // 2))
     return {
         "rollouts": len(ordered), "kept_tokens": kept, "valid_tokens": valid, "budget_real": kept / valid if valid else math.nan,
-        "reverse_kl_first": _mean(kl[:KL_WINDOW]), "reverse_kl_last": _mean(kl[-KL_WINDOW:]),
-        "response_length": _mean([r.get("rollout/response_length", math.nan) for r in ordered[-KL_WINDOW:]]),
+        "reverse_kl_first": _mean(kl[:window]), "reverse_kl_last": _mean(kl[-window:]),
+        "response_length": _mean([r.get("rollout/response_length", math.nan) for r in ordered[-window:]]),
     }  # fmt: skip
 
 

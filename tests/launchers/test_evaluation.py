@@ -173,7 +173,6 @@ def test_a_known_task_on_local_files(tmp_path):
 def checkpoint(tmp_path_factory):
     """A random tiny checkpoint with a character tokenizer, and prompts with labels."""
     from examples.quickstart import arithmetic
-
     from tests.helpers.models import write_tiny_qwen3
 
     root = tmp_path_factory.mktemp("checkpoint")
