@@ -161,6 +161,7 @@ def _teacher(parser):
     g.add_argument("--teacher", action="append", metavar="NAME=URL_OR_DIR", help="one of several named teachers")
     g.add_argument("--opd-teacher-load", help="teacher weights for --opd-type megatron (HF or torch_dist directory)")
     g.add_argument("--opd-teacher-hf", help="HF directory that gives the teacher's shape, when --opd-teacher-load is torch_dist")
+    g.add_argument("--opd-teacher-offload", action="store_true", help="keep the Megatron teacher in host memory between its turns")
     g.add_argument("--opd-teacher-ckpt-step", type=int, help="iteration of --opd-teacher-load")
     g.add_argument("--teacher-port", type=int, help="port of the (first) teacher server; default: a free one")
     g.add_argument("--teacher-nccl-port", type=int, help="NCCL port of the (first) teacher server; default: a free one")
