@@ -1,6 +1,7 @@
 """Bad input: one clear error each, before anything heavy starts, and nothing is written."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,15 @@ def test_tokenizers_that_differ_are_refused_by_the_first_difference(task, tmp_pa
     file.write_text(json.dumps(content))
     with pytest.raises(TaOpdError, match="tokenizers differ.*first difference '0'"):
         validate(parse_args(flags(task, "--teacher-model", str(other))))
+
+
+def test_a_port_in_use_is_found_before_anything_starts(task):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(TaOpdError, match=f"port {port} on 127.0.0.1 is in use"):
+            validate(parse_args(flags(task, "--teacher-port", str(port))))
 
 
 def test_several_teachers(task, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from slime.backends.sglang_utils.server import is_loopback
+from slime.backends.sglang_utils.server import check_port, is_loopback
 from slime.rollout.data_source import PromptDataSource
 from slime.utils.arguments import SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
@@ -146,6 +146,8 @@ def _teacher(args):
             f"--rollout-temperature: expected 1.0, got {args.rollout_temperature}; a SGLang teacher scores at temperature 1 "
             "whatever is asked, so student and teacher log-probs would not be of one convention"
         )
+    if args.teacher_port:
+        check_port(args.sglang_host, args.teacher_port)
     args.teachers = parse_teachers(args) if args.opd_type == "sglang" else {}
     tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
     in_trainer = args.opd_teacher_hf or args.opd_teacher_load if args.opd_type == "megatron" else None
