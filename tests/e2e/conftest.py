@@ -30,7 +30,7 @@ def task(tmp_path_factory):
     return SimpleNamespace(root=root, student=root / "student", teacher=root / "teacher", train=paths["train"], heldout=paths["heldout"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(task):
     """One student engine, one teacher, and a second copy of the student as a teacher, all running."""
     from slime.backends.sglang_utils.server import SGLangServer
@@ -51,7 +51,7 @@ def servers(task):
             server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run(task, servers, tmp_path_factory):
     """run(name, *flags) -> finished run: rows of metrics.jsonl and its directory. Uses the shared servers."""
 

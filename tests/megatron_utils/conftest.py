@@ -9,7 +9,7 @@ import pytest
 from mt_pool import Pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its idle workers poll; they end with the last test of this folder
 def pool():
     workers = Pool(4)
     yield workers
