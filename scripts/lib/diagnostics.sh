@@ -60,6 +60,7 @@ diagnostic_run() { # diagnostic_run NAME SEED TEACHER_MEM "$@"
   vars_training
   vars_selection
   vars_diagnostics
+  if declare -F vars_own >/dev/null; then vars_own; fi
   preset_prompts
   launcher_init "$@"
   check_diagnostic
@@ -79,6 +80,7 @@ preset_prompts() { # PROMPT_DATA is made by split_prompts unless it is given
 }
 
 check_diagnostic() {
+  if [[ -z $SOURCE_DATA ]]; then SOURCE_DATA=${GSM8K_SOURCE_JSONL-}; fi
   if [[ ${_VAR_FROM[PROMPT_DATA]} != user ]]; then PROMPT_DATA=$DIAG_DIR/data/train.jsonl; fi
   if [[ -z $SOURCE_DATA ]]; then
     if [[ ! -f $PROMPT_DATA ]]; then bad PROMPT_DATA "a readable file, or SOURCE_DATA to split"; fi

@@ -167,19 +167,7 @@ selection_flags() { # any of K, bank, mask switches the metrics on; 0 and empty 
     local teacher=${TEACHER_MODEL:-${OPD_TEACHER_LOAD:-teacher}}
     OPD_TOKEN_BANK_PAIR_ID=$(slug "$teacher")_to_$(slug "$STUDENT_HF")
   fi
-  local name flag
-  for name in OPD_TOPK_METRICS_K OPD_TOKEN_BANK_DIR OPD_TOKEN_BANK_FORMAT OPD_TOKEN_BANK_RAW_TOPK OPD_TOKEN_BANK_PAIR_ID \
-    OPD_EXACT_CMASS OPD_EXACT_CMASS_MAX_UNION OPD_EXACT_CMASS_OVERFLOW OPD_BUDGET_MASK OPD_BUDGET_RATIO OPD_BUDGET_GAMMA \
-    OPD_BUDGET_MIN_KEEP_PER_SAMPLE OPD_COMPAT_PROXY OPD_COMPAT_PREFIX_EMA_ALPHA OPD_METRIC_NORMALIZATION OPD_METRIC_Q_LOW \
-    OPD_METRIC_Q_HIGH OPD_PROFILE OPD_METRIC_POPULATION OPD_SOFTOR_SOURCE OPD_BUDGET_SCOPE OPD_BUDGET_MIN_KEEP_RULE \
-    OPD_DIVERGENCE_SUPPORT OPD_SELECTOR_PATH; do
-    flag=--${name//_/-}
-    flag=${flag,,}
-    case ${_VAR_TYPE[$name]} in
-      bool) if [[ ${!name} == 1 ]]; then FLAGS+=("$flag"); fi ;;
-      *) if [[ -n ${!name} ]]; then FLAGS+=("$flag" "${!name}"); fi ;;
-    esac
-  done
+  flags_from_variables @
 }
 
 slug() { # a directory name for use in file names: Qwen3-1.7B -> qwen3_1p7b
@@ -261,6 +249,7 @@ resolve_mask_name() { # an alias becomes the mask that train.py knows
 launch_training() { # the command of one run, printed or become this process
   local eval_interval=${EVAL_INTERVAL-}
   if [[ -n $EVAL_PROMPT_DATA && -z $eval_interval ]]; then EVAL_INTERVAL=$NUM_ROLLOUT; fi
+  FLAGS=()
   flags_from_variables
   selection_flags
   checkpoint_flags

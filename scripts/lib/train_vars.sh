@@ -105,11 +105,16 @@ vars_loss() {
   group "Loss and optimizer"
   var OPD_TYPE choice:sglang,megatron sglang "where the teacher runs" --opd-type
   var OPD_TEACHER_LOAD dir? "" "weights of a Megatron teacher (Hugging Face or torch_dist directory)" --opd-teacher-load
+  var OPD_TEACHER_HF model? "" "Hugging Face directory of a torch_dist teacher: shape and tokenizer" --opd-teacher-hf
+  var OPD_TEACHER_OFFLOAD bool 0 "keep the Megatron teacher's weights in host memory between uses" --opd-teacher-offload
   var OPD_TEACHER_CKPT_STEP int:0? "" "iteration of OPD_TEACHER_LOAD; empty: the latest" --opd-teacher-ckpt-step
   var OPD_LOSS_TYPE str sampled_reverse_kl "loss on the kept tokens" --opd-loss-type
   var OPD_LOSS_ROWS choice:kept,all kept "rows that meet the vocabulary matrix" --opd-loss-rows
   var OPD_LOSS_REDUCTION str? "" "denominator of the loss; empty: that of OPD_PROFILE" --opd-loss-reduction
   var OPD_TOPK_SUPPORT choice:teacher,student teacher "candidates of the top-k losses" --opd-topk-support
+  var OPD_JSD_BETA "float:[0,1]" 0.5 "weight of the teacher in the mixture of jsd losses" --opd-jsd-beta
+  var OPD_RECOMPUTE_STUDENT bool 0 "student log-probs under the current weights" --opd-recompute-student
+  var OPD_LOG_VALID_KL choice:auto,on,off auto "also log the trained divergence over all valid tokens" --opd-log-valid-kl
   var OPD_KL_COEF "float:[0,]" 1.0 "weight of the divergence" --opd-kl-coef
   var EPS_CLIP "float:(0,)" 0.2 "lower clip range of the ratio" --eps-clip
   var EPS_CLIP_HIGH "float:(0,)" 0.28 "upper clip range of the ratio" --eps-clip-high
@@ -125,34 +130,43 @@ vars_loss() {
 
 vars_selection() {
   group "Token metrics and selection"
-  var OPD_BUDGET_MASK str none "selection rule, by mask or alias (docs/method_entrypoints.md)"
-  var OPD_BUDGET_RATIO ratio 1.0 "share of the valid tokens that are kept"
+  var OPD_BUDGET_MASK str none "selection rule, by mask or alias (docs/method_entrypoints.md)" @--opd-budget-mask
+  var OPD_BUDGET_RATIO ratio 1.0 "share of the valid tokens that are kept" @--opd-budget-ratio
   vars_selection_common
 }
 
 vars_selection_common() { # all but rule and ratio, which a suite sets row by row
-  var OPD_BUDGET_GAMMA "float:[0,1]" 0.5 "entropy share of split_budget_ca"
-  var OPD_TOPK_METRICS_K int:0 0 "K of top-k; with a mask or a bank, 0 becomes 16"
-  var OPD_TOKEN_BANK_DIR str? "" "token bank; with a mask or K, empty becomes SAVE_DIR/token_bank"
-  var OPD_TOKEN_BANK_FORMAT choice:csv,jsonl,parquet csv "format of the token bank"
-  var OPD_TOKEN_BANK_RAW_TOPK bool 0 "keep raw top-k ids and log-probs in the bank"
-  var OPD_TOKEN_BANK_PAIR_ID str? "" "label of the pair in the bank; empty: made of the two directory names"
-  var OPD_EXACT_CMASS bool 0 "ask the teacher for its mass on the student's top-K"
-  var OPD_EXACT_CMASS_MAX_UNION int:1 4096 "most ids of one scoring request"
-  var OPD_EXACT_CMASS_OVERFLOW choice:fallback,truncate,error fallback "what to do with more ids"
-  var OPD_COMPAT_PROXY choice:mass,set,bc,prefix_ema mass "which C enters the scores"
-  var OPD_COMPAT_PREFIX_EMA_ALPHA "float:[0,1]" 0.9 "decay of prefix_ema"
-  var OPD_METRIC_NORMALIZATION choice:batch_quantile,batch_minmax,none batch_quantile "how H, D and C are normalised"
-  var OPD_METRIC_Q_LOW "float:[0,1)" 0.05 "lower quantile of batch_quantile"
-  var OPD_METRIC_Q_HIGH "float:(0,1]" 0.95 "upper quantile of batch_quantile"
-  var OPD_BUDGET_MIN_KEEP_PER_SAMPLE int:0 1 "tokens kept in every sample at least"
-  var OPD_PROFILE choice:paper,released paper "defaults of the next five: the paper's or the released code's"
-  var OPD_METRIC_POPULATION choice:valid,all? "" "positions that statistics are taken over"
-  var OPD_SOFTOR_SOURCE choice:dlearn,dc? "" "what ca_softor joins to entropy"
-  var OPD_BUDGET_SCOPE choice:batch,response? "" "population that shares one budget"
-  var OPD_BUDGET_MIN_KEEP_RULE choice:inside,on_top? "" "min-keep inside the budget or on top of it"
-  var OPD_DIVERGENCE_SUPPORT choice:union_floor,union_tail,exact? "" "support of D"
-  var OPD_SELECTOR_PATH str? "" "own selector: package.module:function or file.py:function"
+  var OPD_BUDGET_GAMMA "float:[0,1]" 0.5 "entropy share of split_budget_ca" @--opd-budget-gamma
+  var OPD_TOPK_METRICS_K int:0 0 "K of top-k; with a mask or a bank, 0 becomes 16" @--opd-topk-metrics-k
+  var OPD_TOKEN_BANK_DIR str? "" "token bank; with a mask or K, empty becomes SAVE_DIR/token_bank" @--opd-token-bank-dir
+  var OPD_TOKEN_BANK_FORMAT choice:csv,jsonl,parquet csv "format of the token bank" @--opd-token-bank-format
+  var OPD_TOKEN_BANK_RAW_TOPK bool 0 "keep raw top-k ids and log-probs in the bank" @--opd-token-bank-raw-topk
+  var OPD_TOKEN_BANK_PAIR_ID str? "" "label of the pair in the bank; empty: made of the two directory names" @--opd-token-bank-pair-id
+  var OPD_EXACT_CMASS bool 0 "ask the teacher for its mass on the student's top-K" @--opd-exact-cmass
+  var OPD_EXACT_CMASS_MAX_UNION int:1 4096 "most ids of one scoring request" @--opd-exact-cmass-max-union
+  var OPD_EXACT_CMASS_OVERFLOW choice:fallback,truncate,error fallback "what to do with more ids" @--opd-exact-cmass-overflow
+  var OPD_COMPAT_PROXY choice:mass,set,bc,prefix_ema mass "which C enters the scores" @--opd-compat-proxy
+  var OPD_COMPAT_PREFIX_EMA_ALPHA "float:[0,1]" 0.9 "decay of prefix_ema" @--opd-compat-prefix-ema-alpha
+  var OPD_METRIC_NORMALIZATION choice:batch_quantile,batch_minmax,none batch_quantile "how H, D and C are normalised" @--opd-metric-normalization
+  var OPD_METRIC_Q_LOW "float:[0,1)" 0.05 "lower quantile of batch_quantile" @--opd-metric-q-low
+  var OPD_METRIC_Q_HIGH "float:(0,1]" 0.95 "upper quantile of batch_quantile" @--opd-metric-q-high
+  var OPD_BUDGET_MIN_KEEP_PER_SAMPLE int:0 1 "tokens kept in every sample at least" @--opd-budget-min-keep-per-sample
+  var OPD_PROFILE choice:paper,released paper "defaults of the next eleven: the paper's or the released code's" @--opd-profile
+  var OPD_METRIC_POPULATION choice:valid,all? "" "positions that statistics are taken over" @--opd-metric-population
+  var OPD_SOFTOR_SOURCE choice:dlearn,dc? "" "what ca_softor joins to entropy" @--opd-softor-source
+  var OPD_BUDGET_SCOPE choice:batch,response? "" "population that shares one budget" @--opd-budget-scope
+  var OPD_BUDGET_MIN_KEEP_RULE choice:inside,on_top? "" "min-keep inside the budget or on top of it" @--opd-budget-min-keep-rule
+  var OPD_DIVERGENCE_SUPPORT choice:union_floor,union_tail,exact? "" "support of D" @--opd-divergence-support
+  var OPD_QUADRANT_CUT choice:rank,median? "" "how the quadrants are cut" @--opd-quadrant-cut
+  var OPD_BUDGET_ROUNDING choice:ceil,floor,float_ceil? "" "rounding of valid tokens x ratio" @--opd-budget-rounding
+  var OPD_BUDGET_MIN_KEEP_SCORE choice:own,ca_softor? "" "score that min-keep goes by" @--opd-budget-min-keep-score
+  var OPD_BUDGET_LOW_TIES choice:earlier,later? "" "who wins a tie of a lowest-first mask" @--opd-budget-low-ties
+  var OPD_BUDGET_RANDOM_SOURCE choice:rollout,shuffle? "" "random mask: keyed by rollout, or as released" @--opd-budget-random-source
+  var OPD_BUDGET_REPORTED_SCORE choice:ranking,released? "" "what the column budget_score holds" @--opd-budget-reported-score
+  var OPD_EXACT_CMASS_WINDOW int:1? "" "positions scored together; empty: chosen by measurement" @--opd-exact-cmass-window
+  var OPD_TEACHER_NAME str? "" "label in the bank; empty: the teacher's directory or address" @--opd-teacher-name
+  var OPD_STUDENT_NAME str? "" "label in the bank; empty: the student's directory" @--opd-student-name
+  var OPD_SELECTOR_PATH str? "" "own selector: package.module:function or file.py:function" @--opd-selector-path
 }
 
 vars_evaluation() {

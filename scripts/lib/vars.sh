@@ -3,7 +3,8 @@
 #
 #   preset NAME DEFAULT              another default for this launcher; before the declaration (fixed: the only value)
 #   var NAME TYPE DEFAULT MEANING [--flag]   the one declaration; DEFAULT may use $OTHER (declared before), expanded when
-#                                    read; --flag is the train.py flag that flags_from_variables makes of it
+#                                    read; --flag is the train.py flag that flags_from_variables makes of it (@--flag:
+#                                    only in its second call, for flags that depend on others)
 #   launcher_init "$@"               --help, --variables (tab separated), NAME=value and `-- more train.py flags`; then
 #                                    reads and checks all variables and stops with every wrong one at once (exit 2)
 #
@@ -191,12 +192,12 @@ export_chosen() { # hand on what the user or this launcher chose; what is a plai
   done
 }
 
-flags_from_variables() { # FLAGS = the train.py flags of all variables that have one; empty ones are left out
-  local name flag
-  FLAGS=()
+flags_from_variables() { # FLAGS += the train.py flags of all variables that have one (MARK: "" or "@"); empty ones are left out
+  local mark=${1-} name flag
   for name in "${_VAR_NAMES[@]}"; do
     flag=${_VAR_FLAG[$name]}
-    if [[ -z $flag || -z ${!name} ]]; then continue; fi
+    if [[ -z $flag || -z ${!name} || ${flag%%--*} != "$mark" ]]; then continue; fi
+    flag=${flag#@}
     case ${_VAR_TYPE[$name]%\?} in
       bool) if [[ ${!name} == 1 ]]; then FLAGS+=("$flag"); fi ;;
       list)
@@ -252,12 +253,13 @@ print_variables() { # for the generated reference: group, name, type, default, m
   for name in "${_VAR_NAMES[@]}"; do
     _type_words "${_VAR_TYPE[$name]}"
     printf '%s\t%s\t%s\t%s\t%s\t%s\n' "${_VAR_GROUP[$name]}" "$name" "$REPLY" "${_VAR_DEFAULT[$name]}" \
-      "${_VAR_HELP[$name]}" "${_VAR_FLAG[$name]}"
+      "${_VAR_HELP[$name]}" "${_VAR_FLAG[$name]#@}"
   done
 }
 
 _warn_unknown() { # a misspelt OPD_... variable would silently do nothing
   local name
+  if [[ -z ${_VAR_TYPE[OPD_PROFILE]+set} ]]; then return; fi # no launcher of training
   while IFS= read -r name; do
     if [[ $name == OPD_* && -z ${_VAR_TYPE[$name]+set} ]]; then
       printf 'warning: %s is set, but this launcher has no such variable (--help lists them)\n' "$name" >&2

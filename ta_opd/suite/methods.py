@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ta_opd.errors import ConfigError, TaOpdError
-from ta_opd.selection import METHOD_ALIASES, resolve_mask
+from ta_opd.selection import MASK_CHOICES, METHOD_ALIASES, resolve_mask
 
 FULL_NAMES = ("none", "full", "full_opd", "pure_opd")
 MASK_NOTES = {
@@ -62,7 +62,7 @@ def resolve_method(name: str) -> str:
     try:
         return resolve_mask(METHOD_ALIASES.get(name, name))
     except (TaOpdError, KeyError, ValueError):
-        known = sorted({*METHOD_ALIASES, *FULL_NAMES})
+        known = sorted({*METHOD_ALIASES, *FULL_NAMES, *MASK_CHOICES})
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown method {name!r}{hint}. Known: {', '.join(known)}") from None

@@ -131,7 +131,7 @@ def identity_of(dry_run_output: str) -> tuple[str, ...]:
             flags.append([word])
         elif flags:
             flags[-1].append(word)
-    return tuple(" ".join(flag) for flag in flags if flag[0] not in PLACEMENT_FLAGS)
+    return tuple(sorted(" ".join(flag) for flag in flags if flag[0] not in PLACEMENT_FLAGS))
 
 
 def differences(old: list[str] | tuple[str, ...], new: tuple[str, ...]) -> str:
