@@ -37,14 +37,14 @@ def train(args) -> None:
             if not args.debug_rollout_only:
                 with run.phase("train"):
                     batch.metrics |= actors.train(rollout_id, batch)
-                if run.save_due(rollout_id):
-                    with run.phase("save"):
-                        actors.save(rollout_id, extra=run.state(rollout))
                 with run.phase("sync"):
                     actors.update_weights(rollout, version=rollout_id + 1)
             if run.eval_due(rollout_id):
                 run.evaluate(rollout, rollout_id)
             run.log(rollout_id, batch)
+            if run.save_due(rollout_id):  # after the log: a resumed run has no hole in its metrics
+                with run.phase("save"):
+                    actors.save(rollout_id, extra=run.state(rollout))
         if args.save_hf and not args.debug_rollout_only:
             actors.save_hf(args.save_hf)
 

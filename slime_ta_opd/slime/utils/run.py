@@ -96,7 +96,7 @@ class Run:
 
     def save_due(self, rollout_id: int) -> bool:
         every, last = self.args.save_interval, rollout_id == self.args.num_rollout - 1
-        return bool(every) and ((rollout_id + 1) % every == 0 or last)
+        return bool(every) and not self.args.debug_rollout_only and ((rollout_id + 1) % every == 0 or last)
 
     def eval_due(self, rollout_id: int) -> bool:
         every = self.args.eval_interval
