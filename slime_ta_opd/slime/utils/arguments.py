@@ -68,7 +68,6 @@ def _run(parser):
     g.add_argument("--seed", type=int, default=1234, help="seed of the trainer")
     g.add_argument("--debug-rollout-only", action="store_true", help="sample, score and select, but do not train")
     g.add_argument("--save-debug-rollout-data", help="write every rollout to this parquet path, {rollout_id} filled in")
-    g.add_argument("--max-restarts", type=int, default=0, help="restarts of dead trainer actors from the last checkpoint")
     g.add_argument("--trust-remote-code", action="store_true", help="let model directories run their own code")
 
 
@@ -83,7 +82,6 @@ def _cluster(parser):
     g.add_argument("--teacher-num-gpus-per-engine", type=int, default=1, help="tensor parallel size of one teacher")
     g.add_argument("--teacher-colocate", action="store_true", help="teacher servers on the trainer's GPUs too")
     g.add_argument("--rollout-external-engine-addrs", nargs="+", help="use running student engines at these URLs")
-    g.add_argument("--num-cpus-per-trainer", type=float, default=1.0, help="CPUs that Ray reserves for a trainer rank")
 
 
 def _models(parser):
@@ -300,7 +298,6 @@ def _logging(parser):
     g.add_argument("--use-wandb", action="store_true", help="log to wandb (not installed by default)")
     g.add_argument("--wandb-project", default="ta-opd", help="wandb project")
     g.add_argument("--wandb-group", help="wandb group")
-    g.add_argument("--log-level", choices=("debug", "info", "warning"), default="info", help="of the run's own log")
     g.add_argument("--trace", action="store_true", help="write a Chrome trace of the run's phases")
 
 
