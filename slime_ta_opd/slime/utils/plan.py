@@ -9,7 +9,6 @@ from typing import Any
 from slime.ray.placement import describe, plan_layout
 from slime.utils import config_file
 from slime.utils.misc import human_bytes
-from ta_opd.errors import ConfigError
 
 
 def print_plan(args) -> None:
@@ -70,14 +69,3 @@ def with_free_space(path: str) -> str:
         existing = existing.parent
     stat = os.statvfs(existing)
     return f"{path} ({human_bytes(stat.f_bavail * stat.f_frsize)} free)"
-
-
-def check_disk(path: str, needed: float) -> None:
-    """ConfigError where less than `needed` bytes are free."""
-    existing = Path(path).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    stat = os.statvfs(existing)
-    free = stat.f_bavail * stat.f_frsize
-    if free < needed:
-        raise ConfigError(f"disk: {path} has {human_bytes(free)} free, this run needs about {human_bytes(needed)}")

@@ -24,6 +24,7 @@ import slime
 from slime.backends.sglang_utils import cpu_support
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
 from slime.backends.sglang_utils.server_flags import server_arguments
+from slime.utils.misc import free_port
 from ta_opd.errors import ConfigError, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def free_port(host: str) -> int:
-    """A TCP port of this machine that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind((host, 0))
-        return s.getsockname()[1]
 
 
 def check_port(host: str, port: int) -> None:
