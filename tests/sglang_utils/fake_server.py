@@ -36,7 +36,8 @@ class FakeSGLang:
         self.responses_of = lambda ids, n: [(sum(ids) + i) % VOCAB for i in range(n)]
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
         self._started.wait(10)
 
     def _serve(self):
@@ -60,6 +61,8 @@ class FakeSGLang:
         if self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self._loop).result(10)
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+            self._loop.close()
 
     async def _abort(self, request):
         self.aborted.append((await request.json()).get("rid"))

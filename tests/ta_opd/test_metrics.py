@@ -11,7 +11,7 @@ from ta_opd.errors import ConfigError, DataError
 from ta_opd.metrics import METRIC_COLUMNS, position_columns, token_metrics
 from ta_opd.topk import TopK
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # nan, inf, division by zero
 K = 6
 
 

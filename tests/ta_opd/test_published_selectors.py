@@ -13,7 +13,7 @@ from ta_opd.selectors.common import batch_rank, minmax
 from ta_opd.selectors.ier import ier_of, ier_scores
 from ta_opd.topk import TopK
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # nan, inf, division by zero
 LENGTHS = np.array([5, 7])
 
 

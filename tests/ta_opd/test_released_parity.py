@@ -10,7 +10,7 @@ from ta_opd.metrics import position_columns
 from ta_opd.scores import QUADRANT_NAMES
 from ta_opd.selection import RELEASED_MASKS, SelectionConfig, select_tokens
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # nan, inf, division by zero
 
 
 def config_of(case, mask, ratio) -> SelectionConfig:

@@ -8,7 +8,7 @@ from benchmarks import selection_oracle as oracle
 from ta_opd.errors import ConfigError
 from ta_opd.scores import PROXY_COLUMN, QUADRANT_NAMES, ScoreConfig, batch_scores, degenerate_medians, normalise
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # nan, inf, division by zero
 K = 6
 SCORES = ("H_norm", "D_norm", "C_norm", "DC_norm", "Dlearn", "Dincompat", "tip_score", "ca_softor_score", "split_ca_score")
 
