@@ -1,14 +1,17 @@
 """metrics.jsonl under resume, non-finite numbers, the trace, and what a rollout is logged as."""
 
 import argparse
+import importlib.util
 
 import numpy as np
 import orjson
+import pytest
 
 from slime.observability.metrics import rollout_metrics
 from slime.observability.timer import Timer, write_trace
-from slime.observability.trackers import Trackers
+from slime.observability.trackers import Trackers, check_wandb
 from slime.utils.types import Sample
+from ta_opd.errors import ConfigError
 
 
 def arguments(tmp_path):
@@ -30,6 +33,40 @@ def test_resume_drops_rollouts_that_run_again_and_a_cut_line(tmp_path):
     rows = lines(tmp_path / "metrics.jsonl")
     assert [(r["rollout_id"], r["a"]) for r in rows] == [(0, 0.0), (1, 1.0), (2, 20.0)]
     assert rows[0]["bad"] is None
+
+
+def test_wandb_gets_every_number_and_goes_on_under_one_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="optional: pip install wandb")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    args = arguments(tmp_path)
+    args.use_wandb, args.wandb_project, args.wandb_group, args.run_name, args.lr = True, "p", None, "name", 0.5
+    args.flag_names = ["lr"]
+    for start in (0, 2):
+        trackers = Trackers(args, start)
+        for i in range(start, start + 2):
+            trackers.log(i, {"train/loss": 0.1 * i})
+        trackers.log_eval(start + 1, {"held": {"accuracy": 0.25, "per_prompt": [1]}})
+        trackers.close()
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and {f.stem.removeprefix("run-") for f in files} == {(tmp_path / "wandb_id").read_text()}
+    content = b""
+    for file in files:
+        content += file.read_bytes()
+    assert content.count(b"train/loss") >= 4 and content.count(b"eval/held/accuracy") >= 2 and b"per_prompt" not in content
+
+
+def test_wandb_without_a_key_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    installed = importlib.util.find_spec("wandb") is not None
+    with pytest.raises(ConfigError, match="WANDB_API_KEY" if installed else "not installed"):
+        check_wandb()
+    if installed:
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        check_wandb()
 
 
 def test_reverse_kl_over_valid_and_over_kept_tokens_are_two_numbers():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import netrc
+import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -27,7 +32,7 @@ class Trackers:
 
             self.board = SummaryWriter(args.tensorboard_dir or str(self.dir / "tensorboard"), purge_step=start or None)
         if args.use_wandb:
-            self.wandb = _start_wandb(args)
+            self.wandb = _start_wandb(args, self.dir)
 
     def log(self, rollout_id: int, metrics: dict[str, float]) -> None:
         clean = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
@@ -77,10 +82,26 @@ def _resume(path: Path, start: int) -> Path:
     return path
 
 
-def _start_wandb(args):
+def check_wandb() -> None:
+    """ConfigError unless wandb is installed and has a place to log to; called before anything starts."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--use-wandb: the package wandb is not installed; pip install wandb, or drop the flag")
+    if os.environ.get("WANDB_MODE", "online") != "online" or {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} & set(os.environ):
+        return
     try:
-        import wandb
-    except ImportError:
-        raise ConfigError("--use-wandb: the package wandb is not installed; pip install wandb, or drop the flag") from None
-    return wandb.init(project=args.wandb_project, group=args.wandb_group, name=args.run_name, dir=args.output_dir,
-                      config=config_file.resolved(args))  # fmt: skip
+        logins = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        logins = {}
+    if urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname not in logins:
+        raise ConfigError("--use-wandb: expected WANDB_API_KEY or a `wandb login`, got none; WANDB_MODE=offline logs to the run directory")
+
+
+def _start_wandb(args, directory: Path):
+    """A run that goes on under the same id when this directory is resumed."""
+    import wandb
+
+    file = directory / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return wandb.init(project=args.wandb_project, group=args.wandb_group, name=args.run_name, dir=str(directory), id=file.read_text(),
+                      resume="allow", config=config_file.resolved(args))  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from slime.backends.sglang_utils.server import check_port, is_loopback
+from slime.observability.trackers import check_wandb
 from slime.rollout.data_source import PromptDataSource
 from slime.utils.arguments import SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
@@ -37,6 +38,8 @@ def validate(args: argparse.Namespace) -> argparse.Namespace:
     _layout(args)
     _checkpoints(args)
     _prompts(args)
+    if args.use_wandb:
+        check_wandb()
     return args
 
 
