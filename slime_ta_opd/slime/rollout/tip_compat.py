@@ -304,7 +304,6 @@ def _join(scored: list[_Scored], name: str) -> np.ndarray | None:
 
 def _write_back(config: SelectionConfig, scored: list[_Scored], selection: Selection, num_samples: int) -> list[int]:
     kept_per_sample = [0] * num_samples
-    untouched = not selects(config) or (config.ratio >= 1 and config.profile == "released")
     start = 0
     for s in scored:
         rows = slice(start, start + s.length)
@@ -312,7 +311,7 @@ def _write_back(config: SelectionConfig, scored: list[_Scored], selection: Selec
         kept_per_sample[s.ordinal] = int(selection.keep[rows].sum())
         if hasattr(s.sample, "opd_weights"):
             s.sample.opd_weights = np.array(selection.weights[rows], np.float32)
-        elif not untouched:
+        elif not config.keeps_everything:
             s.sample.loss_mask = selection.keep[rows].astype(int).tolist()
             if not np.isin(selection.weights[rows], (0, 1)).all():
                 _say(f"{config.mask!r} gives weights, but these samples have only a loss_mask: kept tokens count 1 each")

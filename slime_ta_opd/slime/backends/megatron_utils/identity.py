@@ -1,6 +1,7 @@
 """What a run must not silently change when it resumes: its teachers and its tokenizer.
 
-A directory is identified by content (config, file sizes, tokenizer bytes), so that moving it changes nothing.
+A directory is identified by content (config, file sizes, tokenizer bytes), so that moving it changes nothing. A teacher that is known
+only by the addresses of its servers cannot be read; it is identified by those addresses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 
 
 def run_identity(args: argparse.Namespace) -> dict[str, str]:
-    """{"tokenizer": ..., "teacher:<name>": ...}; teachers known only by URL are left out (they cannot be read)."""
+    """{"tokenizer": digest, "teacher:<name>": digest of a directory, or "at URL ..." with the sorted addresses of its servers}."""
     identity = {}
     if student := getattr(args, "hf_checkpoint", None):
         identity["tokenizer"] = _tokenizer(Path(student))
@@ -27,6 +28,8 @@ def run_identity(args: argparse.Namespace) -> dict[str, str]:
     for name, source in teachers.items():
         if isinstance(source, str) and Path(source).is_dir():
             identity[f"teacher:{name}"] = _model(Path(source))
+        elif urls := sorted(url.rstrip("/") for url in ([source] if isinstance(source, str) else source) if "://" in url):
+            identity[f"teacher:{name}"] = " ".join(["at", *urls])
     return identity
 
 
@@ -36,10 +39,18 @@ def check_identity(saved: dict[str, str], current: dict[str, str], *, allow: boo
     changed += [n for n in current if n.startswith("teacher:") and n not in saved and any(s.startswith("teacher:") for s in saved)]
     if changed and not allow:
         raise ConfigError(
-            f"{where}: the checkpoint was trained with another {', '.join(changed)}; expected the same on resume. "
+            f"{where}: the checkpoint was trained with another {', '.join(_change(n, saved, current) for n in changed)}; expected the same on resume. "
             "Give the old one back, or pass --allow-teacher-change to go on and have the change recorded"
         )
     return changed
+
+
+def _change(name: str, saved: dict[str, str], current: dict[str, str]) -> str:
+    """The name, with both addresses where a teacher is known by them (digests tell a reader nothing)."""
+    both = [side.get(name, "absent") for side in (saved, current)]
+    if not any(text.startswith("at ") for text in both):
+        return name
+    return f"{name} ({' -> '.join(text if text.startswith('at ') else 'a directory' for text in both)})"
 
 
 def _tokenizer(directory: Path) -> str:
