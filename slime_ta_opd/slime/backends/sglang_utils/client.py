@@ -70,6 +70,7 @@ class SGLangClient(Controls):
         self.max_concurrency, self.timeout, self.retries = max_concurrency, timeout, retries
         self.api_key = Secret(api_key) if api_key else None
         self.wait_timeout, self.vocab_size, self.name = wait_timeout, vocab_size, name
+        self.gone: str | None = None  # why nobody will answer any more; set by whoever watches the servers
         self._weight_version: str | None = None
         self._session: aiohttp.ClientSession | None = None
         self._session_loop: asyncio.AbstractEventLoop | None = None
@@ -101,6 +102,19 @@ class SGLangClient(Controls):
         self._weight_version = version
         for replica in self.replicas.all:
             replica.stale = False
+
+    def move(self, old: str, new: str) -> None:
+        """The replica at `old` has been started again at `new`: requests that wait for it go there."""
+        self.urls = [new if url == old else url for url in self.urls]
+        for replica in self.replicas.all:
+            if replica.url == old:
+                replica.url = new
+
+    def back(self, url: str) -> None:
+        """The replica at `url` answers again: no need to wait until it would be tried."""
+        for replica in self.replicas.all:
+            if replica.url == url:
+                replica.answered()
 
     # ------------------------------------------------------------------ model calls
 
@@ -174,13 +188,16 @@ class SGLangClient(Controls):
     async def _request(self, path: str, payload: dict, parse: Callable[[bytes], T], prefer: str | None = None) -> T:
         """Sends until a proper reply is parsed. See the class for what bounds it."""
         async with self._ensure_gate():
-            begin, bad_answers, last, problem = time.monotonic(), 0, None, "no replica is reachable"
+            away, bad_answers, last, problem = None, 0, None, "no replica is reachable"
             while True:
                 replica = self.replicas.pick(avoid=last, prefer=prefer)
                 if replica is None:
                     if all(r.stale for r in self.replicas.all):
                         raise StaleWeights(f"{self.name}: every replica serves former weights; sync them first ({problem})")
-                    waited = time.monotonic() - begin
+                    if self.gone:
+                        raise ServiceError(f"{self.name}: {self.gone}; last problem: {problem}")
+                    away = away or time.monotonic()
+                    waited = time.monotonic() - away
                     if waited > self.wait_timeout:
                         raise ServiceError(
                             f"{self.name} at {', '.join(self.urls)}: no proper answer for {waited:.0f} s; last problem: {problem}"

@@ -1,9 +1,34 @@
-"""Starts a SGLang server with its API key taken from the environment, so that no process list or log shows it."""
+"""Starts a SGLang server with its API key taken from the environment, so that no process list or log shows it.
+
+Every process that the server spawns imports this file first, and from then on ends with the one that spawned it: SGLang
+asks the kernel for that too, but only after seconds of imports, and a parent killed in that time left them behind.
+"""
 
 import os
+import signal
 import sys
+import threading
+import time
+from multiprocessing import parent_process
 
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
+
+_LOOK_SECONDS = 0.5
+
+
+def end_with(parent: int) -> None:
+    """Has this process end by SIGKILL once `parent` is no longer its parent."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if parent_process() is not None:  # spawned, not started by the supervisor
+    end_with(parent_process().pid)
 
 
 def main(argv):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch
@@ -45,7 +47,7 @@ class WeightGroup:
         limit = timedelta(seconds=timeout)
         try:
             # The same steps as the engines take: a TCP store, keys prefixed by the group's name, then the backend.
-            store, _, _ = next(dist.rendezvous(f"tcp://{self.host}:{self.port}", 0, self.world, timeout=limit))
+            store = self._meet(limit, invited)
             store.set_timeout(limit)
             self.group, _ = c10d._new_process_group_helper(
                 self.world, 0, [], dist.Backend(self.backend), dist.PrefixStore(self.name, store),
@@ -58,6 +60,27 @@ class WeightGroup:
         except Exception as error:  # whatever the store or the backend raises
             invited.cancel()
             raise ServiceError(f"weight sync: the engines did not join within {timeout:.0f} s: {error}") from error
+
+    def _meet(self, limit: timedelta, invited: Future) -> dist.Store:
+        """The store, once every engine is there; what `invited` failed with as soon as an engine refuses or dies.
+
+        Waiting for the engines cannot be cut short, so a thread does it; its time limit ends it.
+        """
+        store: Future = Future()
+
+        def wait():
+            try:
+                found, _, _ = next(dist.rendezvous(f"tcp://{self.host}:{self.port}", 0, self.world, timeout=limit))
+                store.set_result(found)
+            except Exception as error:
+                store.set_exception(error)
+
+        threading.Thread(target=wait, name="weights-join", daemon=True).start()
+        while not store.done():
+            if invited.done() and invited.exception() is not None:
+                raise invited.exception()
+            time.sleep(0.01)
+        return store.result()
 
     def send(self, bucket: Bucket, version: str | None) -> None:
         """Broadcasts one bucket; ServiceError as soon as an engine refuses it or dies."""

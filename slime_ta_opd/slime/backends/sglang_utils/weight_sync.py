@@ -67,16 +67,13 @@ class WeightSender:
         Returns seconds and bytes (on the source; zero bytes elsewhere).
         """
         begin, version = time.monotonic(), str(version)
-        if self.way == "ipc":
-            size = self._send_ipc(buckets, version)
-        elif not self.is_source:
-            size = 0
-            for _ in buckets:
+        buckets = iter(buckets)
+        try:
+            size = self._send(buckets, version)
+        except (ServiceError, OSError):
+            for _ in buckets:  # the other ranks gather to the end; the next send must find all of them at the start
                 pass
-        elif self.way == "distributed":
-            size = self._send_distributed(buckets, version)
-        else:
-            size = self._send_disk(buckets, version)
+            raise
         if self.is_source:
             if self.way != "disk":
                 loop.run(self.client.flush_cache())
@@ -90,6 +87,15 @@ class WeightSender:
         self.client.close()
 
     # ------------------------------------------------------------------ ways
+
+    def _send(self, buckets: Iterator[list[tuple[str, Tensor]]], version: str) -> int:
+        if self.way == "ipc":
+            return self._send_ipc(buckets, version)
+        if not self.is_source:
+            for _ in buckets:
+                pass
+            return 0
+        return self._send_distributed(buckets, version) if self.way == "distributed" else self._send_disk(buckets, version)
 
     def _send_distributed(self, buckets, version: str) -> int:
         if self.group is None:
