@@ -88,9 +88,19 @@ def train(rank, ranks, port, model, data, steps: int = 3, grads: bool = True, **
     out = {"log_probs": dict(zip(own["sample_indices"], logps, strict=True))}
     if grads and not changes.get("use_distributed_optimizer"):
         out["gradients"] = raw_gradients(trainer, own)
+    out["row_queries"] = _row_queries_used(trainer, own)
     out["metrics"] = [trainer.train(step, own) for step in range(steps)]
     out["weights"] = export(trainer)
     return out
+
+
+def _row_queries_used(trainer, own) -> int:
+    """Micro-batches of the step whose last layer computes queries for rows of the loss only."""
+    from slime.backends.megatron_utils import packing
+
+    rows = trainer.settings.opd_loss_rows
+    batches = trainer.stepper.pack(own, own["steps"][0]["indices"], lambda d, i: packing.choose_rows(d, i, rows, False))
+    return sum(b.layout.row_queries is not None for b in batches)
 
 
 def threads(rank, ranks, port, model, **changes) -> int:

@@ -31,6 +31,53 @@ def test_kept_rows_give_the_gradient_of_all_rows(pool, models, layout):
         assert error < 5e-6, f"{name}: {error:.1e}"
 
 
+LAST_LAYER = {
+    "one": dict(ranks=1),
+    "dp2": dict(ranks=2),
+    "tp2": dict(ranks=2, tensor_model_parallel_size=2),
+    "tp2_overlap": dict(
+        ranks=4, tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=True, overlap_grad_reduce=True,
+        overlap_param_gather=True,
+    ),
+    "tp2_cp2_sp": dict(ranks=4, tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True),
+    "tp2_pp2_sp": dict(ranks=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+    "cp2": dict(ranks=2, context_parallel_size=2),
+    "pp2": dict(ranks=2, pipeline_model_parallel_size=2),
+    "tp2_sp_recompute": dict(
+        ranks=2, tensor_model_parallel_size=2, sequence_parallel=True, recompute_granularity="full", recompute_method="uniform",
+        recompute_num_layers=1,
+    ),
+}  # fmt: skip
+FEW = {"one": "qwen3", "tp2_cp2_sp": "qwen2", "tp2_pp2_sp": "qwen3", "tp2_sp_recompute": "llama"}
+
+
+def few_kept() -> dict:
+    """Data whose kept rows are few enough for the last layer to compute queries for them only, and not only at the ends."""
+    import mt_tiny
+
+    return mt_tiny.make_data(seed=11, kept=0.12)
+
+
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=() if x in FEW else pytest.mark.slow) for x in LAST_LAYER])
+def test_last_layer_on_kept_rows(pool, models, layout):
+    """Queries and MLP at kept rows, the MLP only, or everything for all tokens: one gradient, which is that of all rows."""
+    family = FEW.get(layout, "qwen3")
+    common = dict(model=models(family, layout == "one"), data=few_kept(), steps=1, max_tokens_per_gpu=200, **LAST_LAYER[layout])
+    found = {how: pool.run("train", opd_last_layer_rows=how, **common) for how in ("kept", "mlp", "all")}
+    every = pool.run("train", opd_loss_rows="all", opd_last_layer_rows="all", **common)
+    assert any(r["row_queries"] for r in found["kept"]), "no micro-batch had few enough rows"
+    assert not any(r["row_queries"] for how in ("mlp", "all") for r in found[how])
+    for how, results in found.items():
+        first = results[0]
+        assert first["metrics"][0]["loss"] == pytest.approx(every[0]["metrics"][0]["loss"], rel=2e-6), how
+        assert first["metrics"][0]["grad_norm"] == pytest.approx(every[0]["metrics"][0]["grad_norm"], rel=5e-6), how
+        for name, expected in every[0].get("gradients", {}).items():
+            error = np.abs(first["gradients"][name] - expected).max() / np.abs(expected).max()
+            assert error < 5e-6, f"{how}, {name}: {error:.1e}"
+        for name, expected in every[0]["weights"].items():
+            np.testing.assert_allclose(first["weights"][name], expected, atol=1e-6, rtol=0, err_msg=f"{how}, {name}")
+
+
 @pytest.mark.parametrize("layout", ["one", pytest.param("cp2", marks=pytest.mark.slow), pytest.param("pp2", marks=pytest.mark.slow)])
 def test_statistics_over_valid_tokens(pool, models, references, layout):
     """Asked for, they cover every valid token, in the values of the dense model, and leave the step as it was."""

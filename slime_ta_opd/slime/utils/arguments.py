@@ -220,6 +220,8 @@ def _loss(parser):
     g = parser.add_argument_group("loss")
     g.add_argument("--opd-loss-type", choices=LOSS_TYPES, default="sampled_reverse_kl", help="divergence that is trained")
     g.add_argument("--opd-loss-rows", choices=("kept", "all"), default="kept", help="rows that meet the vocabulary matrix")
+    g.add_argument("--opd-last-layer-rows", choices=("kept", "mlp", "all"), default="kept",
+                   help="what the last layer computes for the rows of the loss only: its queries and MLP, its MLP, nothing")  # fmt: skip
     g.add_argument("--opd-loss-reduction", choices=REDUCTIONS, help="default kept_token_mean; sample_mean in profile released")
     g.add_argument("--opd-topk-support", choices=("teacher", "student"), default="teacher", help="candidates of topk losses")
     g.add_argument("--opd-jsd-beta", type=float, default=0.5, help="weight of the teacher in the mixture of jsd losses")
@@ -228,7 +230,7 @@ def _loss(parser):
     g.add_argument("--opd-log-valid-kl", choices=("auto", "on", "off"), default="auto",
                    help="also compute the trained divergence over all valid tokens; auto: where the vocabulary is small")  # fmt: skip
     g.add_argument("--advantage-estimator", choices=("grpo", "reinforce_plus_plus"), default="grpo", help="base advantage")
-    g.add_argument("--normalize-advantages", action="store_true", help="whiten advantages over kept tokens")
+    g.add_argument("--normalize-advantages", action="store_true", help="whiten advantages over valid tokens")
     g.add_argument("--gamma", type=float, default=1.0, help="discount of reinforce_plus_plus")
     g.add_argument("--use-rollout-logprobs", action="store_true", help="old log-probs from SGLang instead of the trainer")
     g.add_argument("--eps-clip", type=float, default=0.2, help="lower clip of the importance ratio")

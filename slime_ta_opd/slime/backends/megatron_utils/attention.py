@@ -1,10 +1,10 @@
 """Causal attention over packed sequences, on GPU and CPU, with context parallelism.
 
-Shape letters: T packed tokens on this rank, S keys that this rank attends to, h query heads, g key/value heads, d head
-size, N sequence segments.
+Shape letters: T packed tokens on this rank, S keys that this rank attends to, R rows, h query heads, g key/value heads,
+d head size, N sequence segments.
 
 A segment is a run of queries with its own run of keys; query i of n attends to keys 0 .. m-n+i of its m (bottom-right
-causal). Without context parallelism a segment is a sequence. With it every sequence is cut into 2 x CP chunks, rank r
+causal). The last layer may ask for some rows only: queries of these against all keys, by a mask. Without context parallelism a segment is a sequence. With it every sequence is cut into 2 x CP chunks, rank r
 holds chunks r and 2CP-1-r, keys and values are all-gathered, and each held chunk is a segment whose keys are the
 sequence up to the chunk's end.
 """
@@ -24,19 +24,36 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class RowQueries:
+    """Which keys each needed row attends to.
+
+    order: int64 [R], rows by packed index, segment after segment. keys_seen: int64 [R] in that order, how many of its
+    segment's keys a row attends to. segments: (first row, end row, first key, end key) of each segment that has rows,
+    rows counted in that order.
+    """
+
+    order: Tensor
+    keys_seen: Tensor
+    segments: list[tuple[int, int, int, int]]
+
+
 @dataclass
 class PackedLayout(PackedSeqParams):
     """Where the segments of a packed micro-batch lie.
 
     cu_seqlens_q, cu_seqlens_kv: int32 [N+1]; max_seqlen_q, max_seqlen_kv: ints. kv_index: int64 [S], for context
     parallelism, which row of the all-gathered keys ([CP x T]) each attended key is. last_layer_rows: int64 [R] or None,
-    rows whose last-layer output is needed (see layer_spec.RowSelectingLayer). qkv_format is not "thd" on purpose:
+    rows whose last-layer output is needed (see last_layer.RowSelectingLayer); select_rows: whether the last layer gives only
+    these. row_queries: how they attend where queries are computed for them only; None where for all tokens. qkv_format is not "thd" on purpose:
     megatron-core then keeps [T, 1, h, d] and applies rotary angles per token instead of slicing them per sequence.
     """
 
     qkv_format: str = "packed"
     kv_index: Tensor | None = None
     last_layer_rows: Tensor | None = None
+    select_rows: bool = True
+    row_queries: RowQueries | None = None
 
 
 class PackedAttention(MegatronModule):
@@ -70,14 +87,25 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [T, 1, h, d], key and value [T, 1, g, d] -> [T, 1, h x d]."""
         layout = packed_seq_params
-        q_Thd, k_Sgd, v_Sgd = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if self.cp_group.size() > 1:
-            kv = _AllGather.apply(torch.cat([k_Sgd, v_Sgd], dim=-1), self.cp_group)
-            k_Sgd, v_Sgd = kv.index_select(0, layout.kv_index).chunk(2, dim=-1)
+        k_Sgd, v_Sgd = self._keys(key, value, layout)
         out = segment_attention(
-            q_Thd, k_Sgd, v_Sgd, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv, self.scale
-        )
+            query.squeeze(1), k_Sgd, v_Sgd, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv,
+            self.scale,
+        )  # fmt: skip
         return out.reshape(out.size(0), 1, -1)
+
+    def forward_rows(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+        """The same for the queries of `layout.last_layer_rows`: query [R, 1, h, d], key and value [T, 1, g, d] -> [R, 1, h x d]."""
+        out = row_attention(query.squeeze(1), *self._keys(key, value, layout), layout.row_queries, self.scale)
+        return out.reshape(out.size(0), 1, -1)
+
+    def _keys(self, key: Tensor, value: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+        """Keys and values that this rank's segments attend to, [S, g, d] each."""
+        key, value = key.squeeze(1), value.squeeze(1)
+        if self.cp_group.size() == 1:
+            return key, value
+        both = _AllGather.apply(torch.cat([key, value], dim=-1), self.cp_group)
+        return both.index_select(0, layout.kv_index).chunk(2, dim=-1)
 
 
 def segment_attention(
@@ -99,6 +127,21 @@ def segment_attention(
         )
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
+
+
+def row_attention(q_Rhd: Tensor, k_Sgd: Tensor, v_Sgd: Tensor, rows: RowQueries, scale: float) -> Tensor:
+    """Attention of each row to the keys it sees; [R, h, d] in the order of the queries given."""
+    q_Rhd = q_Rhd.index_select(0, rows.order)
+    repeat = q_Rhd.size(1) // k_Sgd.size(1)
+    outs = []
+    for first, end, key, key_end in rows.segments:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_Rhd[first:end], k_Sgd[key:key_end], v_Sgd[key:key_end]))
+        if q.is_cuda and repeat > 1:  # the kernels that take a mask want as many key heads as query heads
+            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        mask = torch.arange(key_end - key, device=q.device) < rows.keys_seen[first:end, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs).index_select(0, torch.argsort(rows.order))
 
 
 @functools.lru_cache(maxsize=1)

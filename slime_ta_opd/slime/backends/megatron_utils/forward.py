@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slime.backends.megatron_utils.model import unwrap
 from slime.backends.megatron_utils.packing import MicroBatch, Parallel
+from slime.backends.megatron_utils.rows import gather_rows
 
 
 def parallel() -> Parallel:
@@ -30,13 +31,15 @@ def parallel() -> Parallel:
 def row_hidden(hidden: Tensor, batch: MicroBatch, sequence_parallel: bool) -> Tensor:
     """Hidden states of the batch's rows, [R, H], the same on every tensor-parallel rank.
 
-    hidden: what the trunk gave: the selected rows [R', 1, H], R' >= R, or [R' / tp, 1, H] under sequence parallelism. The
-    gradient coming back must be complete on every rank (losses sum it over tensor parallelism).
+    hidden: what the trunk gave: the selected rows [R', 1, H], R' >= R, or [R' / tp, 1, H] under sequence parallelism; all
+    tokens where the layout does not select. The gradient coming back must be complete on every rank (losses sum it over
+    tensor parallelism).
     """
-    if sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=False, group=mpu.get_tensor_model_parallel_group()
-        )
+    group = mpu.get_tensor_model_parallel_group() if sequence_parallel else None
+    if not batch.layout.select_rows:
+        hidden = gather_rows(hidden, batch.layout.last_layer_rows, group)
+    elif sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
     return hidden.squeeze(1)[: batch.num_rows]
 
 

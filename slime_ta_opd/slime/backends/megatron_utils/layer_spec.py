@@ -1,7 +1,4 @@
-"""The layer specification: megatron-core's own layers with a norm, a core attention and a last layer of ours.
-
-Shape letters: T packed tokens on this rank, R needed rows, H hidden size.
-"""
+"""The layer specification: megatron-core's own layers with a norm, a core attention and a last layer of ours."""
 
 from __future__ import annotations
 
@@ -10,14 +7,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from slime.backends.megatron_utils.attention import PackedAttention
-from slime.backends.megatron_utils.rows import gather_rows
+from slime.backends.megatron_utils.last_layer import RowSelectingLayer
 from ta_opd.errors import ConfigError
 
 
@@ -27,26 +22,6 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
-
-
-class RowSelectingLayer(TransformerLayer):
-    """A transformer layer that, as the model's last one, computes its MLP only for the rows that the loss needs.
-
-    The rows are `packed_seq_params.last_layer_rows` (int64 [R], R a multiple of TP under sequence parallelism); the
-    output is [R, 1, H] in that order ([R / TP, 1, H] under sequence parallelism). Exact: nothing after attention mixes
-    positions.
-    """
-
-    def forward(self, *args, **kwargs):
-        rows = getattr(kwargs.get("packed_seq_params"), "last_layer_rows", None)
-        if rows is None or self.layer_number != self.config.num_layers:
-            return super().forward(*args, **kwargs)
-        hidden, context = self._forward_attention(*args, **kwargs)
-        parallel = self.config.sequence_parallel
-        hidden_R1H = gather_rows(hidden, rows, self.tp_group if parallel else None)
-        if parallel:
-            hidden_R1H = scatter_to_sequence_parallel_region(hidden_R1H, group=self.tp_group)
-        return self._forward_mlp(hidden_R1H), context
 
 
 def block_spec(config: TransformerConfig, implementation: str = "local") -> TransformerBlockSubmodules:

@@ -64,6 +64,8 @@ class PackedGPTModel(GPTModel):
         if not self.post_process or head is None:
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if weight is not None and self.pre_process:
+            weight = _GradientToBuffer.apply(weight)
         return self.output_layer(hidden, head, weight)
 
     def _angles(self, positions_T: Tensor) -> Tensor:
@@ -71,6 +73,26 @@ class PackedGPTModel(GPTModel):
         self.inv_freq = self.inv_freq.to(positions_T.device)
         half = positions_T.float()[:, None] * self.inv_freq[None, :]
         return torch.cat([half, half], dim=-1)[:, None, None, :]
+
+
+class _GradientToBuffer(torch.autograd.Function):
+    """Adds the head's gradient of a tied embedding to the gradient buffer at once.
+
+    Autograd would hold it, [V / tp, H], until the embedding's own gradient comes at the end of the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor | None:
+        buffer = getattr(ctx.weight, "main_grad", None)
+        if buffer is None:
+            return grad
+        buffer.add_(grad)
+        return None
 
 
 def transformer_config(shape: ModelShape, settings: Settings, dtype: torch.dtype | None = None) -> TransformerConfig:

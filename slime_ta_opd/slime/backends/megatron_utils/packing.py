@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slime.backends.megatron_utils.attention import PackedLayout
+from slime.backends.megatron_utils.attention import PackedLayout, RowQueries
 from ta_opd.errors import ConfigError, DataError
 
 
@@ -27,6 +27,9 @@ class RowChoice:
 
     grad: np.ndarray
     stat: np.ndarray
+
+
+ROW_QUERY_SHARE = 0.25  # up to this share of the tokens as rows, masked attention of rows is less work than causal attention of all
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,14 @@ def pack(
     field_names: Sequence[str],
     agree: Callable[[int], int] = lambda count: count,
     device: torch.device | str = "cpu",
+    last_layer: str = "kept",
 ) -> list[MicroBatch]:
     """Packs the given samples into micro-batches of at most `max_tokens` tokens on each rank.
 
     indices: samples (positions in the data lists) of this step. choose: rows of a sample. field_names: per-token fields
     of `data` to align with the rows. agree: turns this rank's number of micro-batches into the one of all data-parallel
-    ranks (a maximum); bins beyond the own need are filled with padding. Samples without rows are left out.
+    ranks (a maximum); bins beyond the own need are filled with padding. Samples without rows are left out. last_layer: what
+    the last layer computes for the needed rows only: "kept" its queries (where rows are few) and MLP, "mlp" its MLP, "all" nothing.
     Raises ConfigError for a sequence longer than max_tokens x CP, DataError for a sample without a prompt.
     """
     sequences = [s for s in (_sequence(data, i, choose(data, i)) for i in indices) if s is not None]
@@ -118,7 +123,7 @@ def pack(
     count = agree(len(bins))
     if count > len(bins):
         bins = balanced_bins(sizes, capacity, count)
-    return [_assemble(data, [sequences[i] for i in b], parallel, multiple, field_names, device) for b in bins]
+    return [_assemble(data, [sequences[i] for i in b], parallel, multiple, field_names, device, last_layer) for b in bins]
 
 
 def balanced_bins(sizes: Sequence[int], capacity: int, count: int = 0) -> list[list[int]]:
@@ -161,7 +166,7 @@ def _round_up(n: int, multiple: int) -> int:
     return (n + multiple - 1) // multiple * multiple
 
 
-def _assemble(data, sequences, parallel: Parallel, multiple: int, field_names, device) -> MicroBatch:
+def _assemble(data, sequences, parallel: Parallel, multiple: int, field_names, device, last_layer: str) -> MicroBatch:
     """Lays the sequences of one bin behind each other, with padding where the layout asks for it."""
     lay = _Layout(parallel)
     grad, stat = _Rows(), _Rows()
@@ -182,11 +187,10 @@ def _assemble(data, sequences, parallel: Parallel, multiple: int, field_names, d
     if fill:
         tokens.append(np.zeros(fill * parallel.cp, dtype=np.int64)[lay.add(fill * parallel.cp)])
     index, sample, position = (np.concatenate([a, b]) for a, b in zip(grad.arrays(), stat.arrays(), strict=True))
-    last_rows = _selected_rows(index, parallel)
     return MicroBatch(
         tokens=_to(np.concatenate(tokens), device)[None],
         positions=_to(np.concatenate(lay.positions), device)[None],
-        layout=lay.packed_layout(last_rows, device),
+        layout=lay.packed_layout(_selected_rows(index, parallel), last_layer, device),
         row_index=_to(index, device),
         num_grad=len(grad.arrays()[0]),
         fields=_row_fields(data, sample, position, field_names, device),
@@ -201,6 +205,21 @@ def _selected_rows(index: np.ndarray, parallel: Parallel) -> np.ndarray:
     multiple = parallel.tp if parallel.sequence_parallel else 1
     size = max(_round_up(len(index), multiple), multiple)
     return np.concatenate([index, np.zeros(size - len(index), dtype=np.int64)])
+
+
+def _row_queries(rows: np.ndarray, cu_q: np.ndarray, cu_k: np.ndarray, device) -> RowQueries:
+    """How rows (packed indices) attend, from the bounds of the segments' queries and keys."""
+    order = np.argsort(rows, kind="stable")
+    rows = rows[order]
+    segment = np.searchsorted(cu_q, rows, side="right") - 1
+    # bottom-right causal: the segment's last query sees all its keys
+    seen = np.diff(cu_k)[segment] - (cu_q[segment + 1] - 1 - rows)
+    bounds = [(int(r[0]), int(r[-1]) + 1, int(segment[r[0]])) for r in _runs(segment)]
+    return RowQueries(
+        order=_to(order, device),
+        keys_seen=_to(seen.astype(np.int64), device),
+        segments=[(first, end, int(cu_k[s]), int(cu_k[s + 1])) for first, end, s in bounds],
+    )
 
 
 def _real_tokens(length: int, size: int, parallel: Parallel) -> int:
@@ -311,15 +330,18 @@ class _Layout:
             fill += multiple
         return fill
 
-    def packed_layout(self, last_rows: np.ndarray, device) -> PackedLayout:
+    def packed_layout(self, rows: np.ndarray, last_layer: str, device) -> PackedLayout:
         cu_q, cu_k = (np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (self._q, self._k))
+        few = last_layer == "kept" and len(rows) <= ROW_QUERY_SHARE * self.total
         return PackedLayout(
             cu_seqlens_q=_to(cu_q, device),
             cu_seqlens_kv=_to(cu_k, device),
             max_seqlen_q=max(self._q),
             max_seqlen_kv=max(self._k),
             kv_index=_to(self._kv_index(), device) if self.parallel.cp > 1 else None,
-            last_layer_rows=_to(last_rows, device),
+            last_layer_rows=_to(rows, device),
+            select_rows=last_layer != "all",
+            row_queries=_row_queries(rows, cu_q, cu_k, device) if few else None,
         )
 
     def _kv_index(self) -> np.ndarray:

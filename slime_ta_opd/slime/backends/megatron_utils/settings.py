@@ -51,6 +51,7 @@ class Settings:
     opd_type: str = "sglang"
     opd_loss_type: str = "sampled_reverse_kl"
     opd_loss_rows: str = "kept"
+    opd_last_layer_rows: str = "kept"
     opd_loss_reduction: str = "kept_token_mean"
     opd_log_valid_kl: str = "auto"
     advantage_estimator: str = "grpo"
@@ -93,6 +94,8 @@ class Settings:
             raise ConfigError(f"--max-tokens-per-gpu: expected at least 1, got {self.max_tokens_per_gpu}")
         if self.opd_loss_rows not in ("kept", "all"):
             raise ConfigError(f"--opd-loss-rows: expected kept or all, got {self.opd_loss_rows!r}")
+        if self.opd_last_layer_rows not in ("kept", "mlp", "all"):
+            raise ConfigError(f"--opd-last-layer-rows: expected kept, mlp or all, got {self.opd_last_layer_rows!r}")
         if self.recompute_granularity == "full" and not self.recompute_method:
             raise ConfigError("--recompute-granularity full: expected --recompute-method uniform or block beside it, got none")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):

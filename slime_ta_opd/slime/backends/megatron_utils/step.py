@@ -62,6 +62,7 @@ class Stepper:
             field_names=self.field_names,
             agree=distributed.max_over_ranks,
             device=self.device,
+            last_layer=self.settings.opd_last_layer_rows,
         )
 
     def gradients(self, data: dict, step: dict) -> StepSums:
