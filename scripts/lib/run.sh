@@ -159,6 +159,7 @@ check_run() { # relations between variables; each error names them
   if [[ ! -f $SLIME_DIR/train.py ]]; then bad SLIME_DIR "the directory of train.py"; fi
 }
 
+  if [[ $ASYNC == 1 && $COLOCATE == 1 ]]; then bad ASYNC "0 with COLOCATE=1 (engines need GPUs of their own to sample while the trainer works)"; fi
 selection_flags() { # any of K, bank, mask switches the metrics on; 0 and empty become usable values
   if [[ $OPD_TOPK_METRICS_K == 0 && -z $OPD_TOKEN_BANK_DIR && $OPD_BUDGET_MASK == none ]]; then return; fi
   if [[ $OPD_TOPK_METRICS_K == 0 && $OPD_TYPE == sglang ]]; then OPD_TOPK_METRICS_K=16; fi
@@ -256,7 +257,9 @@ launch_training() { # the command of one run, printed or become this process
   optional_flags
   device_settings
   ray_wrapper
-  local -a command=("${WRAPPER[@]}" "$PY" "$SLIME_DIR/train.py" "${FLAGS[@]}" "${PASS_THROUGH[@]}")
+  local script=train.py
+  if [[ $ASYNC == 1 ]]; then script=train_async.py; fi
+  local -a command=("${WRAPPER[@]}" "$PY" "$SLIME_DIR/$script" "${FLAGS[@]}" "${PASS_THROUGH[@]}")
   if [[ -n $RAY_ADDRESS && $RAY_ADDRESS != http* ]]; then LAUNCH_ENV+=("RAY_ADDRESS=$RAY_ADDRESS"); fi
   if ((${#LAUNCH_ENV[@]})); then command=(env "${LAUNCH_ENV[@]}" "${command[@]}"); fi
   if [[ $DRY_RUN != 0 ]]; then

@@ -193,6 +193,7 @@ vars_how() {
   group "How to run"
   var DRY_RUN choice:0,1,plan 0 "1: print the exact commands; plan: also let train.py print its resolved plan"
   var RESUME bool 1 "go on from the newest checkpoint in SAVE_DIR"
+  var ASYNC bool 0 "sample the next rollout while this one trains (train_async.py): faster, and one step off-policy"
   var ALLOW_GLOBAL_RAY_STOP bool 0 "accepted and ignored: a launcher stops what it started and nothing else"
 }
 

@@ -53,11 +53,11 @@ def servers(task):
 
 @pytest.fixture(scope="package")
 def run(task, servers, tmp_path_factory):
-    """run(name, *flags) -> finished run: rows of metrics.jsonl and its directory. Uses the shared servers."""
+    """run(name, *flags, script=) -> finished run: rows of metrics.jsonl and its directory. Uses the shared servers."""
 
-    def start(name, *flags, teacher=None, check=True):
+    def start(name, *flags, teacher=None, check=True, script=TRAIN):
         out = tmp_path_factory.mktemp(name)
-        words = [sys.executable, str(TRAIN), "--hf-checkpoint", str(task.student), "--prompt-data", str(task.train),
+        words = [sys.executable, str(script), "--hf-checkpoint", str(task.student), "--prompt-data", str(task.train),
                  "--rm-url", f"{teacher or servers.teacher}/generate", "--rollout-external-engine-addrs", servers.student,
                  "--output-dir", str(out), *BASE, *flags]  # fmt: skip
         done = subprocess.run(words, cwd=TRAIN.parent, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -117,6 +117,15 @@ def test_values_with_blanks_and_quotes_reach_the_command_whole(launch, pair_vari
     assert words[words.index("--wandb-project") + 1] == "it's $HOME"
 
 
+def test_the_asynchronous_loop_is_chosen_by_a_variable(launch, pair_variables):
+    variables = pair_variables("4b_to_1p7b") | {"COLOCATE": "0", "RAY_GPUS": "0,1,2"}
+    words = launch(RUN, DRY_RUN="1", check=True, **variables).out
+    other = launch(RUN, DRY_RUN="1", ASYNC="1", check=True, **variables).out
+    assert "train_async.py" not in words and other == words.replace("/train.py", "/train_async.py")
+    done = launch(RUN, DRY_RUN="1", ASYNC="1", **(variables | {"COLOCATE": "1"}))
+    assert done.code == 2 and "error: ASYNC=1: expected 0 with COLOCATE=1" in done.err
+
+
 def test_settings_can_follow_the_command(launch, pair_variables):
     done = launch(RUN, "NUM_ROLLOUT=7", "DRY_RUN=1", "--", "--trace", check=True, **pair_variables("4b_to_1p7b"))
     assert "--num-rollout 7" in done.out and done.out.rstrip().endswith("--trace")

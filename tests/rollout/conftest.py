@@ -33,7 +33,7 @@ class FakeModel:
 
     def __init__(self, seed, hook=None):
         self.seed, self.hook, self.calls, self.vocab_size = seed, hook, [], VOCAB
-        self.urls, self.aborting, self.delay = ["http://fake"], False, 0.0
+        self.urls, self.aborting, self.delay, self.version = ["http://fake"], False, 0.0, "1"
 
     def _call(self, kind, **seen):
         self.calls.append((kind, seen))
@@ -50,7 +50,7 @@ class FakeModel:
         sequence = [*input_ids, *out]
         rows = dense(self.seed, sequence)[len(input_ids) :]
         values = rows[np.arange(n), out].astype(np.float32) if log_probs else np.empty(0, np.float32)
-        return GenerateReply(out, values, top(rows, top_k) if top_k else None, finish, "1", "", 0, url="http://fake")
+        return GenerateReply(out, values, top(rows, top_k) if top_k else None, finish, self.version, "", 0, url="http://fake")
 
     async def score(self, input_ids, length, top_k=0, token_ids=None, *, whole=False, prefer=None):
         self._call("score", length=length, top_k=top_k, ids=list(input_ids))

@@ -162,7 +162,9 @@ def test_unfinished_responses_at_the_end_of_an_over_sampled_rollout(args, tokeni
     if not partial:
         assert all(s.response_length == 0 and s.student_topk is None for s in unfinished)
     stale = {s.index: s.response_length for s in unfinished}
+    sampled = {s.index: s.response_length for s in waiting}
     both.student.aborting, args.over_sampling_batch_size, args.rollout_batch_size = False, None, 4
+    both.student.version = "2"
     second = flat(generate_rollout(args, 1, source, both))
     assert sorted(s.index for s in second) == sorted(s.index for s in waiting)
     for sample in second:
@@ -171,6 +173,8 @@ def test_unfinished_responses_at_the_end_of_an_over_sampled_rollout(args, tokeni
         old = stale.get(sample.index, 0)
         if old:
             assert sample.metadata["stale_tokens"] == old and sample.loss_mask == [0] * old + [1] * (8 - old)
+        before = sampled[sample.index]
+        assert sample.weight_versions == ([["1", before]] if before else []) + ([["2", 8 - before]] if before < 8 else [])
     if partial:
         assert any(stale.values())
 

@@ -99,6 +99,14 @@ def test_tokenizers_that_differ_are_refused_by_the_first_difference(task, tmp_pa
         validate(parse_args(flags(task, "--teacher-model", str(other))))
 
 
+def test_asynchronous_training_needs_engines_of_its_own(task):
+    args = parse_args(flags(task, "--colocate"))
+    args.asynchronous = True
+    with pytest.raises(TaOpdError, match="--colocate: train_async.py samples while the trainer works"):
+        validate(args)
+    assert validate(parse_args(flags(task, "--colocate"))).colocate
+
+
 def test_a_port_in_use_is_found_before_anything_starts(task):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -63,6 +63,18 @@ def rollout_metrics_pair(samples: Sequence[Sample], rows: Sequence[int]) -> dict
     return {"samples": float(len(rows)), "reverse_kl_valid": _mean(flat, np.ones(len(flat), bool))}
 
 
+def staleness(samples: Sequence[Sample]) -> dict[str, float]:
+    """Training steps between the weights that sampled a token and those that train on it: mean over tokens, and largest.
+
+    Step r trains weights of version r, so a token of version v in rollout r is r - v old. Nothing where versions are not known.
+    """
+    known = [(s.rollout_id - int(v), n) for s in samples if s.rollout_id is not None for v, n in s.weight_versions if v.isdecimal()]
+    total = sum(n for _, n in known)
+    if not total:
+        return {}
+    return {"rollout/staleness": sum(age * n for age, n in known) / total, "rollout/staleness_max": float(max(age for age, _ in known))}
+
+
 def _mean(values: np.ndarray, where: np.ndarray) -> float:
     chosen = values[where & np.isfinite(values)]
     return float(chosen.mean()) if len(chosen) else float("nan")

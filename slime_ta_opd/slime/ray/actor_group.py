@@ -36,6 +36,7 @@ class ActorGroup:
     def __init__(self, args, placement: Placement):
         self.args, self.placement = args, placement
         self.start_id = 0
+        self.version = 0  # rollouts that the current weights were trained on
         self._start()
 
     def _start(self) -> None:
@@ -55,10 +56,12 @@ class ActorGroup:
         """Waits until every rank is built; returns (first rollout id, what the checkpoint kept)."""
         results = get(self._init)
         self.start_id, extra = results[0]
+        self.version = self.start_id
         return self.start_id, extra
 
     def train(self, rollout_id: int, batch) -> dict[str, float]:
         results = get([a.train.remote(rollout_id, batch.shards) for a in self.actors])
+        self.version = rollout_id + 1
         return {f"train/{k}": float(v) for k, v in results[0].items() if isinstance(v, (int, float))}
 
     def exact_metrics(self, batch) -> list[list[ray.ObjectRef]]:
@@ -67,7 +70,7 @@ class ActorGroup:
         return [found[rank] for rank in sorted(found)]
 
     def update_weights(self, rollout, version: int) -> None:
-        rollout.resync = lambda: self.update_weights(rollout, version)
+        rollout.resync = lambda: self.update_weights(rollout, self.version)  # the trainer may be ahead of the engines
         engines = rollout.engines()
         get([a.update_weights.remote(engines, version) for a in self.actors])
         rollout.set_version(version)

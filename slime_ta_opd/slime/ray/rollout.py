@@ -7,6 +7,7 @@ Per-token data never pass through the driver: it gets object references, one a r
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import ray
 
 from slime.backends.sglang_utils.client import StaleWeights
-from slime.observability.metrics import rollout_metrics
+from slime.observability.metrics import rollout_metrics, staleness
 from slime.observability.timer import Timer
 from slime.ray.actor_group import get
 from slime.ray.placement import Placement
@@ -64,7 +65,12 @@ class RolloutGroup:
         get([self.actor.set_version.remote(version)])
 
     def generate(self, rollout_id: int) -> Batch:
-        return self._with_engines("generate", rollout_id)
+        return self.begin(rollout_id)()
+
+    def begin(self, rollout_id: int) -> Callable[[], Batch]:
+        """Starts a rollout; the returned function waits for it. Other calls to the manager wait until it is done."""
+        started = self.actor.generate.remote(rollout_id)
+        return lambda: self._with_engines("generate", rollout_id, started)
 
     def select(self, batch: Batch, exact: list[list[ray.ObjectRef]]) -> Batch:
         """The same rollout, selected by the full-vocabulary values that the trainer's teacher gave (one box a rank)."""
@@ -76,19 +82,23 @@ class RolloutGroup:
     def evaluate(self, rollout_id: int) -> dict[str, dict[str, Any]]:
         return self._with_engines("evaluate", rollout_id)
 
-    def _with_engines(self, method: str, rollout_id: int) -> Any:
-        """Calls the manager; after a restarted engine the weights are sent again (`resync`) and the call starts over."""
+    def _with_engines(self, method: str, rollout_id: int, started: ray.ObjectRef | None = None) -> Any:
+        """Calls the manager; after a restarted engine the weights are sent again (`resync`) and the call starts over.
+
+        started: the first call, where it was made before.
+        """
         for _ in range(1 + RESTARTS):
             try:
-                return get([getattr(self.actor, method).remote(rollout_id)])[0]
+                return get([started or getattr(self.actor, method).remote(rollout_id)])[0]
             except StaleWeights as problem:
-                last = problem
+                last, started = problem, None
                 print(f"rollout {rollout_id}: {problem}; sending the weights and starting over")
                 self.resync()
         raise ServiceError(f"rollout {rollout_id}: engines were lost {1 + RESTARTS} times; last problem: {last}")
 
-    def state(self) -> dict[str, Any]:
-        return get([self.actor.state.remote()])[0]
+    def state(self, rollout_id: int) -> dict[str, Any]:
+        """What a run needs to go on after `rollout_id`, the last rollout or the one before."""
+        return get([self.actor.state.remote(rollout_id)])[0]
 
     def load_state(self, state: dict[str, Any]) -> None:
         get([self.actor.load_state.remote(state)])
@@ -115,6 +125,8 @@ class RolloutManager:
                            for name, file in args.eval_datasets.items()}  # fmt: skip
         self.servers = Servers(args, placement)
         self.samples: list[Sample] = []  # of the last rollout
+        # the data source after the last two rollouts: a checkpoint is written when the next one may be sampled already
+        self.states: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2)
 
     def start(self) -> list[str]:
         """Starts every server side by side, waits, probes; returns the lines to show."""
@@ -140,6 +152,7 @@ class RolloutManager:
                 self._heal(problem)
             raise
         self.samples = [s for group in groups for s in group]
+        self.states.append((rollout_id, self.source.state_dict()))
         if self.args.save_debug_rollout_data:
             from slime.rollout.dump import dump_rollout
 
@@ -168,6 +181,8 @@ class RolloutManager:
         """The manager's samples as train data, one shard a data-parallel rank."""
         with self.timer.phase("split"):
             metrics = rollout_metrics(self.samples, selection)
+            if not self.args.debug_rollout_only:  # there the weights stay what they are
+                metrics |= staleness(self.samples)
             data = fields.collect(self.samples, self._needed_fields())
             shards = split_for_data_parallel(data, self.args.data_parallel_size, self.args.global_batch_size)
             refs = [[ray.put({**shard, "rollout_id": rollout_id})] for shard in shards]
@@ -200,12 +215,12 @@ class RolloutManager:
         self._heal()
         return {name: evaluate(self.args, rollout_id, self.servers.clients, data) for name, data in self.evaluation.items()}
 
-    def state(self) -> dict[str, Any]:
+    def state(self, rollout_id: int) -> dict[str, Any]:
         if self.args.opd_token_bank_dir:
             from slime.rollout import tip_compat
 
             tip_compat.flush_token_banks()
-        return {"data_source": self.source.state_dict()}
+        return {"data_source": dict(self.states)[rollout_id]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.source.load_state_dict(state["data_source"])

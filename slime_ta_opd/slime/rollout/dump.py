@@ -16,7 +16,7 @@ SCHEMA = pa.schema(
     [("rollout_id", pa.int64()), ("sample_index", pa.int64()), ("group_index", pa.int64()), ("status", pa.string()),
      ("prompt", pa.string()), ("response", pa.string()), ("label", pa.string()), ("prompt_length", pa.int64()),
      ("response_length", pa.int64()), ("tokens", _I), ("loss_mask", pa.list_(pa.int8())), ("rollout_log_probs", _F),
-     ("teacher_log_probs", _F), ("opd_weights", _F), ("weight_version", pa.string())]
+     ("teacher_log_probs", _F), ("opd_weights", _F), ("weight_versions", pa.list_(pa.string())), ("weight_version_tokens", _I)]
 )  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def dump_rollout(path: str, rollout_id: int, samples: Sequence[Sample]) -> Path:
             "rollout_log_probs": _floats(s.rollout_log_probs),
             "teacher_log_probs": _floats(s.teacher_log_probs),
             "opd_weights": _floats(s.opd_weights),
-            "weight_version": s.weight_version,
+            "weight_versions": [version for version, _ in s.weight_versions],
+            "weight_version_tokens": [count for _, count in s.weight_versions],
         }
         for s in samples
     ]

@@ -88,7 +88,11 @@ def append_reply(sample: Sample, reply: Any, top_k: int) -> None:
         sample.student_topk = TopK.concat([*old, reply.topk])
     if sample.loss_mask is not None:
         sample.loss_mask = [*sample.loss_mask, *([1] * new)]
-    sample.weight_version = reply.weight_version
+    versions = sample.weight_versions
+    if versions and versions[-1][0] == reply.weight_version:
+        versions[-1][1] += new
+    elif new:
+        versions.append([reply.weight_version, new])
     finish = {"stop": Sample.Status.COMPLETED, "length": Sample.Status.TRUNCATED, "abort": Sample.Status.ABORTED}
     sample.status = finish.get(reply.finish_reason, Sample.Status.COMPLETED)
 
@@ -108,6 +112,6 @@ def restart(sample: Sample) -> Sample:
     sample.response, sample.response_length, sample.status = "", 0, Sample.Status.PENDING
     sample.loss_mask = sample.rollout_log_probs = sample.student_topk = None
     sample.teacher_log_probs = sample.teacher_topk = sample.teacher_at_student_ids = None
-    sample.weight_version = None
+    sample.weight_versions = []
     sample.metadata.pop("stale_tokens", None)
     return sample

@@ -83,9 +83,9 @@ class Run:
         self.trackers = Trackers(self.args, start)
         return start
 
-    def state(self, rollout) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and optimizer."""
-        return {"rollout": rollout.state(), "config": config_file.resolved(self.args)}
+    def state(self, rollout, rollout_id: int) -> dict[str, Any]:
+        """What the checkpoint of `rollout_id` keeps beside weights and optimizer."""
+        return {"rollout": rollout.state(rollout_id), "config": config_file.resolved(self.args)}
 
     def rollouts(self, start: int) -> Iterator[int]:
         self.bar = tqdm(range(start, self.args.num_rollout), desc=self.args.run_name, initial=start,

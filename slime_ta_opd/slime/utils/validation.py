@@ -214,6 +214,9 @@ def check_tokenizers(student, teacher, directory: str) -> None:
 
 
 def _layout(args):
+    if getattr(args, "asynchronous", False) and args.colocate:
+        raise ConfigError("--colocate: train_async.py samples while the trainer works, so engines need places of their own; "
+                          "drop the flag or use train.py")  # fmt: skip
     world = args.actor_num_nodes * args.actor_num_gpus_per_node
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     if min(tp, pp, cp, args.actor_num_nodes, args.actor_num_gpus_per_node) < 1:

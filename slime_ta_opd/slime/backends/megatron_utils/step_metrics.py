@@ -72,13 +72,18 @@ class StepSums:
         for name, values in _with_sampled_kl(keep.get("other", {}), batch, slice(n, None)):
             self._mean(f"{name}_valid", values)
         if "student_logp" in keep["stats"] and "rollout_log_probs" in batch.fields and n:
-            gap = (keep["stats"]["student_logp"] - batch.fields["rollout_log_probs"][:n]).abs()
-            self._mean(_GAP, gap)
-            self.peaks[f"{_GAP}_max"] = max(self.peaks.get(f"{_GAP}_max", 0.0), float(gap.max()))
+            moved = (keep["stats"]["student_logp"] - batch.fields["rollout_log_probs"][:n]).double()
+            self._mean(_GAP, moved.abs())
+            self._peak(f"{_GAP}_max", moved.abs())
+            self._mean("importance_ratio_mean", moved.exp())  # current weights over those that sampled
+            self._peak("importance_ratio_max", moved.exp())
 
     def _mean(self, name: str, values: Tensor) -> None:
         total, number = self.totals.get(name, (0.0, 0.0))
         self.totals[name] = (total + float(values.double().sum()), number + values.numel())
+
+    def _peak(self, name: str, values: Tensor) -> None:
+        self.peaks[name] = max(self.peaks.get(name, 0.0), float(values.max()))
 
     def _merge(self, other: StepSums) -> None:
         for name, (total, number) in other.totals.items():

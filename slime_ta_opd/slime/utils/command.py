@@ -1,0 +1,33 @@
+"""A training script's command line: parse, check, print the plan or train, and turn an error into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from slime.utils.arguments import parse_args
+from slime.utils.plan import print_plan
+from slime.utils.validation import validate
+from ta_opd.errors import TaOpdError
+
+
+def main(train: Callable, argv: Sequence[str] | None = None, *, asynchronous: bool = False) -> int:
+    """Exit code of `train(args)`: 0, 2 for an error of this project, 130 when interrupted.
+
+    asynchronous: rollouts are sampled while the trainer works, so settings that cannot do both at once are refused.
+    """
+    try:
+        args = parse_args(argv)
+        args.asynchronous = asynchronous
+        validate(args)
+        if args.dry_run:
+            print_plan(args)
+        else:
+            train(args)
+    except TaOpdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: every process of this run has been stopped", file=sys.stderr)
+        return 130
+    return 0
