@@ -9,6 +9,7 @@ included, as a multiple of the inputs.
 """
 
 import argparse
+import base64
 import json
 import os
 import platform
@@ -27,14 +28,15 @@ import pyarrow as pa  # noqa: E402
 if __package__ in (None, ""):
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "slime_ta_opd")]
 
 from benchmarks import selection_oracle as oracle  # noqa: E402
+from slime.backends.sglang_utils.wire import parse_score  # noqa: E402
 from ta_opd.metrics import position_columns, token_metrics  # noqa: E402
 from ta_opd.reply import read_reply  # noqa: E402
 from ta_opd.selection import SelectionConfig, select_tokens  # noqa: E402
 from ta_opd.token_bank import TokenBankWriter  # noqa: E402
-from ta_opd.topk import TopK, sampled_logprobs  # noqa: E402
+from ta_opd.topk import TopK, TopKParts, sampled_logprobs  # noqa: E402
 
 VOCAB = 151_936
 RESPONSE = 1024
@@ -113,8 +115,8 @@ def loop_seconds_per_token(batch: dict, K: int, tokens: int, support: str) -> fl
     return best_of(2, loop)[0] / tokens
 
 
-def raw_replies(batch: dict, count: int) -> list[tuple[bytes, bytes]]:
-    """(student reply, teacher reply) bytes of the first `count` responses."""
+def raw_replies(batch: dict, count: int, packed: bool) -> list[tuple[bytes, bytes]]:
+    """(student reply, teacher reply) bytes of the first `count` responses. packed: the teacher's top-K as base64 arrays."""
     replies = []
     for index in range(count):
         rows = slice(index * RESPONSE, (index + 1) * RESPONSE)
@@ -124,22 +126,36 @@ def raw_replies(batch: dict, count: int) -> list[tuple[bytes, bytes]]:
             sampled = [[row[0][0], row[0][1], None] for row in entries]
             lead = [None] if side == "teacher" else []
             infos.append({f"{prefix}_token_logprobs": lead + sampled, f"{prefix}_top_logprobs": lead + entries})
+        if packed:
+            topk = batch["teacher"][rows]
+            del infos[1]["input_top_logprobs"]
+            infos[1] |= {
+                "input_top_logprobs_shape": topk.ids.shape,
+                "input_top_logprobs_val_flat_b64": base64.b64encode(topk.logprobs.tobytes()).decode(),
+                "input_top_logprobs_idx_flat_b64": base64.b64encode(topk.ids.tobytes()).decode(),
+            }
         replies.append(tuple(orjson.dumps({"text": "", "meta_info": info}) for info in infos))
     return replies
 
 
-def replies_to_bank(replies, repeats: int, K: int, config: SelectionConfig, directory: str) -> None:
+def replies_to_bank(replies, packed: bool, repeats: int, K: int, config: SelectionConfig, directory: str) -> None:
     """Every step from the bytes of the replies to a parquet file on disk."""
     students, teachers, sampled, logprobs = [], [], [], ([], [])
-    for _ in range(repeats):
-        for raw_student, raw_teacher in replies:
-            for side, raw, tops in (("student", raw_student, students), ("teacher", raw_teacher, teachers)):
-                reply, topk = read_reply(raw, side, K, RESPONSE)
-                tops.append(topk)
-                entries = reply["meta_info"][f"{'output' if side == 'student' else 'input'}_token_logprobs"]
-                logprobs[side == "teacher"].append(sampled_logprobs(entries, RESPONSE))
-            sampled.append(np.fromiter((entry[1] for entry in entries[-RESPONSE:]), np.int32, RESPONSE))
-    student, teacher, token_ids = TopK.concat(students), TopK.concat(teachers), np.concatenate(sampled)
+    for raw_student, raw_teacher in replies * repeats:
+        reply, topk = read_reply(raw_student, "student", K, RESPONSE)
+        entries = reply["meta_info"]["output_token_logprobs"]
+        students.append(topk)
+        logprobs[0].append(sampled_logprobs(entries, RESPONSE))
+        sampled.append(np.fromiter((entry[1] for entry in entries), np.int32, RESPONSE))
+        if packed:
+            score = parse_score(raw_teacher, RESPONSE, K)
+            teachers.append(score.topk)
+            logprobs[1].append(score.log_probs)
+        else:
+            reply, topk = read_reply(raw_teacher, "teacher", K, RESPONSE)
+            teachers.append(topk)
+            logprobs[1].append(sampled_logprobs(reply["meta_info"]["input_token_logprobs"], RESPONSE))
+    student, teacher, token_ids = TopKParts(students), TopKParts(teachers), np.concatenate(sampled)
     lengths = np.full(len(students), RESPONSE)
     metrics = token_metrics(
         student, teacher, sampled_ids=token_ids, student_logprobs=np.concatenate(logprobs[0]),
@@ -172,14 +188,16 @@ def measure(T: int, K: int, mode: str, runs: int) -> dict:
     }  # fmt: skip
 
 
-def measure_replies(T: int, K: int, runs: int) -> dict:
+def measure_replies(T: int, K: int, packed: bool, runs: int) -> dict:
+    """One line of the second table. packed: the teacher answers with base64 arrays, as our services ask a server that can."""
     distinct = min(T // RESPONSE, 32)
-    replies = raw_replies(synthetic_batch(distinct * RESPONSE, K), distinct)
+    replies = raw_replies(synthetic_batch(distinct * RESPONSE, K), distinct, packed)
     config = SelectionConfig(mask="dlearn_high", ratio=0.1)
     with tempfile.TemporaryDirectory() as directory:
-        cpu, wall = best_of(runs, lambda: replies_to_bank(replies, T // RESPONSE // distinct, K, config, directory))
+        cpu, wall = best_of(runs, lambda: replies_to_bank(replies, packed, T // RESPONSE // distinct, K, config, directory))
     size = sum(len(raw) for pair in replies for raw in pair) / (distinct * RESPONSE)
-    return {"tokens": T, "K": K, "bytes_per_token": size, "cpu_us_per_token": cpu / T * 1e6, "wall_us_per_token": wall / T * 1e6}
+    return {"tokens": T, "K": K, "teacher": "base64" if packed else "triples", "bytes_per_token": size,
+            "cpu_us_per_token": cpu / T * 1e6, "wall_us_per_token": wall / T * 1e6}  # fmt: skip
 
 
 def machine() -> dict:
@@ -201,10 +219,10 @@ def print_tables(result: dict) -> None:
             f"{row['loop_us_per_token']:>8.0f} {row['times_loop']:>7.0f} {row['memory']:>8.2f}"
         )
     print("\nreply bytes to finished parquet bank")
-    print(f"{'tokens':>9} {'K':>3} {'bytes/token':>11} {'us/token cpu':>12} {'wall':>6}")
+    print(f"{'tokens':>9} {'K':>3} {'teacher':<8} {'bytes/token':>11} {'us/token cpu':>12} {'wall':>6}")
     for row in result["replies"]:
         print(
-            f"{row['tokens']:>9,} {row['K']:>3} {row['bytes_per_token']:>11.0f} {row['cpu_us_per_token']:>12.2f} "
+            f"{row['tokens']:>9,} {row['K']:>3} {row['teacher']:<8} {row['bytes_per_token']:>11.0f} {row['cpu_us_per_token']:>12.2f} "
             f"{row['wall_us_per_token']:>6.2f}"
         )
     print(f"\ntargets: {TARGETS}; the load average of the machine was {result['machine']['load_at_end']}")
@@ -230,7 +248,7 @@ def main() -> None:
             # The float64 parity dtype is for comparisons with released runs: small batches are enough to price it.
             for mode in (m for m in args.modes if m != "released" or T < 1 << 19):
                 result["selection"].append(measure(T, K, mode, runs))
-            result["replies"].append(measure_replies(T, K, 2))
+            result["replies"] += [measure_replies(T, K, packed, 2) for packed in (False, True)]
     result["machine"] = machine()
     print_tables(result)
     args.output.parent.mkdir(parents=True, exist_ok=True)

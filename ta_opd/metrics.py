@@ -26,7 +26,7 @@ import numpy as np
 
 from ta_opd import libm
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.topk import PAD_ID, TopK
+from ta_opd.topk import PAD_ID, TopK, TopKParts
 from ta_opd.union import RepeatedIdError, Scratch, Union, ordered_sum, union_fast, union_in_released_order
 
 EPS = 1e-12
@@ -48,8 +48,8 @@ _INT32 = ("student_top1_id", "teacher_top1_id", "target_student_rank", "target_t
 
 
 def token_metrics(
-    student: TopK,
-    teacher: TopK,
+    student: TopK | TopKParts,
+    teacher: TopK | TopKParts,
     *,
     sampled_ids,
     student_logprobs,
@@ -63,7 +63,8 @@ def token_metrics(
 ) -> dict[str, np.ndarray]:
     """All metric columns of the token bank, each [T], T = sum(response_lengths).
 
-    student, teacher: top-K of every response position, the samples one after another. sampled_ids [T]: the sampled tokens.
+    student, teacher: top-K of every response position, the samples one after another (in parts: nothing large is copied).
+    sampled_ids [T]: the sampled tokens.
     student_logprobs, teacher_logprobs [T]: log-probs of the sampled tokens (NaN where unknown). response_lengths [N].
     support: see the module. prefix_ema_alpha: weight of the past in `Cprefix_ema`, e_t = alpha*e_(t-1) + (1-alpha)*C_t.
     teacher_at_student_ids [T, K]: teacher log-probs at the student's ids, NaN where unknown; a row known in full has an exact C
@@ -77,7 +78,7 @@ def token_metrics(
     lengths_N = np.asarray(response_lengths, np.int64)
     T = int(lengths_N.sum())
     _check_inputs(student, teacher, T, support, exact)
-    dtype = np.result_type(student.logprobs, teacher.logprobs)
+    dtype = np.result_type(student.dtype, teacher.dtype)
     out = _allocate(T, dtype)
     out["student_logp_sampled"][:] = _row_values(student_logprobs, T, "student_logprobs", dtype)
     out["teacher_logp_sampled"][:] = _row_values(teacher_logprobs, T, "teacher_logprobs", dtype)
@@ -118,7 +119,7 @@ def position_columns(response_lengths) -> dict[str, np.ndarray]:
     }
 
 
-def _check_inputs(student: TopK, teacher: TopK, T: int, support: str, exact) -> None:
+def _check_inputs(student: TopK | TopKParts, teacher: TopK | TopKParts, T: int, support: str, exact) -> None:
     if support not in SUPPORTS:
         raise ConfigError(f"divergence support: expected one of {', '.join(SUPPORTS)}, got {support!r}")
     for side, topk in (("student", student), ("teacher", teacher)):
@@ -281,21 +282,21 @@ def _divergences(union: Union, mass_sides, tails, scratch: Scratch, out: dict) -
         np.multiply(values_B, known_B, out=out[name])
 
 
-def _exact_mass(out: dict, student: TopK, teacher_at_student_ids, partly_exact: bool) -> None:
+def _exact_mass(out: dict, student: TopK | TopKParts, teacher_at_student_ids, partly_exact: bool) -> None:
     """C from the teacher's log-probs at the student's ids, where known (paper eq. 4, without the bound of eq. 17)."""
     out["Cmass_true"].fill(np.nan)
     if teacher_at_student_ids is None:
         return
     known = np.asarray(teacher_at_student_ids)
-    if known.shape != student.ids.shape:
-        raise DataError(f"teacher_at_student_ids: expected shape {student.ids.shape}, got {known.shape}")
+    if known.shape != (student.T, student.K):
+        raise DataError(f"teacher_at_student_ids: expected shape {(student.T, student.K)}, got {known.shape}")
     if student.K == 0:
         return
     rows = max(64, BLOCK_SLOTS // student.K)
     for start in range(0, student.T, rows):
         block = slice(start, start + rows)
         given_BK = ~np.isnan(known[block])
-        real_BK = student.ids[block] != PAD_ID
+        real_BK = student[block].ids != PAD_ID
         any_B = given_BK.any(axis=1)
         exact_B = any_B if partly_exact else any_B & (given_BK | ~real_BK).all(axis=1)
         p_BK = libm.exp(np.minimum(np.where(given_BK & real_BK, known[block], -np.inf), MAX_LOGPROB))

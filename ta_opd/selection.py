@@ -27,7 +27,7 @@ from ta_opd.selectors.registry import (
     register_selector,
     resolve_mask,
 )
-from ta_opd.topk import TopK
+from ta_opd.topk import TopK, TopKParts
 
 __all__ = [
     "MASK_CHOICES", "METHOD_ALIASES", "RELEASED_MASKS", "Selection", "SelectionConfig", "exact_ceil", "list_selectors",
@@ -187,8 +187,8 @@ def select_tokens(
     config: SelectionConfig,
     *,
     rollout_id: int = 0,
-    student: TopK | None = None,
-    teacher: TopK | None = None,
+    student: TopK | TopKParts | None = None,
+    teacher: TopK | TopKParts | None = None,
     sampled_ids=None,
 ) -> Selection:
     """Scores of the batch and the tokens to keep.

@@ -5,6 +5,7 @@ Shape suffixes: T positions, K entries kept per position, N flat entries.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from operator import itemgetter
 
@@ -48,6 +49,10 @@ class TopK:
     @property
     def K(self) -> int:
         return self.ids.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.logprobs.dtype
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -121,6 +126,60 @@ class TopK:
             counts_T, self.ids[real_TK], self.logprobs[real_TK], self.T, self.K, self.logprobs.dtype
         )
         return _without_duplicates(ids_TK, logprobs_TK)
+
+
+
+class TopKParts:
+    """The top-K of many responses, one after another, read like one `TopK` without a copy of everything.
+
+    A slice copies only where it spans parts. `ids` and `logprobs` are stacked when somebody asks for the whole. Raises DataError when
+    the parts differ in K or there is none.
+    """
+
+    def __init__(self, parts: Sequence[TopK]):
+        if not parts:
+            raise DataError("top-k: nothing to chain; use TopK.empty(0, K)")
+        if len({part.K for part in parts}) > 1:
+            raise DataError(f"top-k: cannot chain parts of different K: {sorted({part.K for part in parts})}")
+        self.parts = list(parts)
+        self.K = parts[0].K
+        self._ends = np.cumsum([part.T for part in parts])
+        self.T = int(self._ends[-1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.result_type(*{part.dtype for part in self.parts})
+
+    def __len__(self) -> int:
+        return self.T
+
+    def __getitem__(self, rows: slice) -> TopK:
+        start, stop, step = rows.indices(self.T)
+        if step != 1:
+            raise DataError(f"top-k in parts: expected a slice of step 1, got {step}")
+        first = int(np.searchsorted(self._ends, start, "right"))
+        if start >= stop or first == len(self.parts):
+            return self.parts[0][:0]
+        pieces = []
+        for part, end in zip(self.parts[first:], self._ends[first:].tolist(), strict=True):
+            begin = end - part.T
+            if begin >= stop:
+                break
+            pieces.append(part[max(start - begin, 0) : stop - begin])
+        return TopK.concat(pieces)
+
+    def astype(self, dtype) -> "TopKParts":
+        return TopKParts([part.astype(dtype) for part in self.parts])
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """[T, K] int32, stacked."""
+        return np.concatenate([part.ids for part in self.parts])
+
+    @cached_property
+    def logprobs(self) -> np.ndarray:
+        """[T, K], stacked."""
+        return np.concatenate([part.logprobs for part in self.parts])
 
 
 def last_positions(entries, length: int, field: str) -> list:

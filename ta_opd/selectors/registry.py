@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.topk import TopK
+from ta_opd.topk import TopK, TopKParts
 
 DIRECTIONS = ("high", "low")
 CANDIDATES = ("valid", "q3")
@@ -35,14 +35,14 @@ class Batch:
     config: object
     rollout_id: int
     rng: np.random.Generator
-    student: TopK | None = None
-    teacher: TopK | None = None
+    student: TopK | TopKParts | None = None
+    teacher: TopK | TopKParts | None = None
     sampled_ids: np.ndarray | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
 
-    def topk(self) -> tuple[TopK, TopK, np.ndarray]:
+    def topk(self) -> tuple[TopK | TopKParts, TopK | TopKParts, np.ndarray]:
         """(student, teacher, sampled ids), or DataError when this selector needs them and the caller passed none."""
         if self.student is None or self.teacher is None or self.sampled_ids is None:
             raise DataError(

@@ -9,7 +9,7 @@ from method_cases import metrics_of, random_samples
 from benchmarks import selection_oracle as oracle
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.metrics import METRIC_COLUMNS, position_columns, token_metrics
-from ta_opd.topk import TopK
+from ta_opd.topk import TopK, TopKParts
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # nan, inf, division by zero
 K = 6
@@ -237,3 +237,17 @@ def test_an_id_at_the_edge_of_two_rows_is_not_taken_for_shared():
     )
     np.testing.assert_allclose(got["Coverlap"], [0.5, 0.5])
     np.testing.assert_allclose(got["Cmass"], np.exp([-3.0, -2.0]), rtol=1e-6)
+
+
+def test_responses_in_parts_give_the_same_columns_as_one_array():
+    rng = np.random.default_rng(5)
+    lengths, K = [700, 1, 0, 900], 4
+    sides = [[TopK.from_arrays(rng.permuted(np.tile(np.arange(9, dtype=np.int32), (n, 1)), axis=1)[:, :K].copy(),
+                               -np.sort(rng.exponential(1, (n, K)), axis=1)) for n in lengths] for _ in range(2)]  # fmt: skip
+    T = sum(lengths)
+    given = dict(sampled_ids=rng.integers(0, 9, T), student_logprobs=-rng.random(T), teacher_logprobs=-rng.random(T),
+                 response_lengths=lengths, teacher_at_student_ids=np.where(rng.random((T, K)) < 0.9, -rng.random((T, K)), np.nan))  # fmt: skip
+    whole = token_metrics(*(TopK.concat(parts) for parts in sides), **given)
+    chained = token_metrics(*(TopKParts(parts) for parts in sides), **given)
+    for name, column in whole.items():
+        np.testing.assert_array_equal(chained[name], column, err_msg=name)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ta_opd.errors import DataError
-from ta_opd.topk import TopK, gathered_logprobs, last_positions, sampled_logprobs
+from ta_opd.topk import TopK, TopKParts, gathered_logprobs, last_positions, sampled_logprobs
 
 NAN, INF = float("nan"), float("inf")
 
@@ -110,3 +110,25 @@ def test_gathered_logprobs():
 
 def test_last_positions_of_an_empty_response():
     assert last_positions(None, 0, "input_top_logprobs") == []
+
+
+def test_parts_read_like_one_array():
+    rng = np.random.default_rng(0)
+    lengths = [3, 0, 1, 7, 4]
+    parts = [TopK(rng.integers(0, 9, (n, 2)).astype(np.int32), rng.random((n, 2)).astype(np.float32)) for n in lengths]
+    chain, whole = TopKParts(parts), TopK.concat(parts)
+    assert (chain.T, chain.K, chain.dtype, len(chain)) == (15, 2, np.float32, 15)
+    for start in range(16):
+        for stop in range(17):
+            np.testing.assert_array_equal(chain[start:stop].ids, whole[start:stop].ids)
+            np.testing.assert_array_equal(chain[start:stop].logprobs, whole[start:stop].logprobs)
+    np.testing.assert_array_equal(chain.ids, whole.ids)
+    np.testing.assert_array_equal(chain.astype(np.float64).logprobs, whole.astype(np.float64).logprobs)
+    assert chain.astype(np.float64).dtype == np.float64
+    assert np.shares_memory(chain[4:6].ids, parts[3].ids)  # within one part: no copy
+    with pytest.raises(DataError, match="step 1"):
+        chain[::2]
+    with pytest.raises(DataError, match=r"different K: \[1, 2\]"):
+        TopKParts([parts[0], TopK.empty(1, 1)])
+    with pytest.raises(DataError, match="nothing to chain"):
+        TopKParts([])

@@ -24,7 +24,7 @@ from ta_opd.metrics import position_columns, token_metrics
 from ta_opd.selection import Selection, SelectionConfig, select_tokens
 from ta_opd.slime_patch.options import reply_dtype, resolve, selects
 from ta_opd.token_bank import TokenBankWriter
-from ta_opd.topk import TopK, gathered_logprobs, last_positions
+from ta_opd.topk import TopK, TopKParts, gathered_logprobs, last_positions
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _run(
     return {**selection.summary, "exact_fraction": exact_fraction, "kept_per_sample": kept_per_sample}
 
 
-def _stack(scored: list[_Scored]) -> tuple[TopK, TopK, np.ndarray | None]:
+def _stack(scored: list[_Scored]) -> tuple[TopKParts, TopKParts, np.ndarray | None]:
     k = scored[0].student.K
     for s in scored:
         if s.student.K != k or s.teacher.K != k:
@@ -292,7 +292,7 @@ def _stack(scored: list[_Scored]) -> tuple[TopK, TopK, np.ndarray | None]:
         known = np.concatenate(
             [s.teacher_at_student if s.teacher_at_student is not None else u for s, u in zip(scored, unknown, strict=True)]
         )
-    return TopK.concat([s.student for s in scored]), TopK.concat([s.teacher for s in scored]), known
+    return TopKParts([s.student for s in scored]), TopKParts([s.teacher for s in scored]), known
 
 
 def _join(scored: list[_Scored], name: str) -> np.ndarray | None:
