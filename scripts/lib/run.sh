@@ -86,7 +86,9 @@ check_devices() { # enough GPUs, and each of them there
   if [[ $DEVICE == cpu || -n $RAY_ADDRESS ]]; then return; fi
   _count "$RAY_GPUS"
   local have=$REPLY need=$ACTOR_NUM_GPUS_PER_NODE how="ACTOR_NUM_GPUS_PER_NODE=$ACTOR_NUM_GPUS_PER_NODE"
-  if [[ $COLOCATE == 0 ]]; then
+  if [[ -n $STUDENT_URL ]]; then
+    how+=" (student engines are running already)"
+  elif [[ $COLOCATE == 0 ]]; then
     need=$((need + ROLLOUT_NUM_GPUS))
     how+=" + ROLLOUT_NUM_GPUS=$ROLLOUT_NUM_GPUS (COLOCATE=1 shares them)"
   elif ((ROLLOUT_NUM_GPUS > need)); then
@@ -157,9 +159,9 @@ check_run() { # relations between variables; each error names them
     bad MEGATRON_LM_DIR "a Megatron-LM checkout (with megatron/core), or empty for the installed package"
   fi
   if [[ ! -f $SLIME_DIR/train.py ]]; then bad SLIME_DIR "the directory of train.py"; fi
+  if [[ $ASYNC == 1 && $COLOCATE == 1 ]]; then bad ASYNC "0 with COLOCATE=1 (engines need GPUs of their own to sample while the trainer works)"; fi
 }
 
-  if [[ $ASYNC == 1 && $COLOCATE == 1 ]]; then bad ASYNC "0 with COLOCATE=1 (engines need GPUs of their own to sample while the trainer works)"; fi
 selection_flags() { # any of K, bank, mask switches the metrics on; 0 and empty become usable values
   if [[ $OPD_TOPK_METRICS_K == 0 && -z $OPD_TOKEN_BANK_DIR && $OPD_BUDGET_MASK == none ]]; then return; fi
   if [[ $OPD_TOPK_METRICS_K == 0 && $OPD_TYPE == sglang ]]; then OPD_TOPK_METRICS_K=16; fi

@@ -19,10 +19,12 @@ vars_models() {
   var TEACHER_MODEL model? "" "Hugging Face directory of the teacher; its server is started for the run" --teacher-model
   var TEACHER_URL list? "" "/generate addresses of running teacher servers (replicas); then no server is started" --rm-url
   var TEACHERS list? "" "several named teachers: NAME=ADDRESS_OR_DIRECTORY, space separated"
+  var STUDENT_URL list? "" "addresses of running student engines, which get the weight updates; then none is started" --rollout-external-engine-addrs
   var STUDENT_HF model "" "Hugging Face directory of the student: shape, tokenizer, first weights" --hf-checkpoint
   var STUDENT_TORCH_DIST dir? "" "converted torch_dist checkpoint to start from; empty: the weights of STUDENT_HF"
   var MODEL_SHAPE name? "" "name in scripts/models to check the student's shape against; empty: no check"
   var ALLOW_TOKENIZER_MISMATCH bool 0 "go on although teacher and student tokenizers differ" --allow-tokenizer-mismatch
+  var ALLOW_TEACHER_CHANGE bool 0 "resume although the teacher, its address, or the tokenizer is another one" --allow-teacher-change
 }
 
 vars_data() {
@@ -191,9 +193,9 @@ vars_written() {
 
 vars_how() {
   group "How to run"
+  var ASYNC bool 0 "sample the next rollout while this one trains (train_async.py): faster, and one step off-policy"
   var DRY_RUN choice:0,1,plan 0 "1: print the exact commands; plan: also let train.py print its resolved plan"
   var RESUME bool 1 "go on from the newest checkpoint in SAVE_DIR"
-  var ASYNC bool 0 "sample the next rollout while this one trains (train_async.py): faster, and one step off-policy"
   var ALLOW_GLOBAL_RAY_STOP bool 0 "accepted and ignored: a launcher stops what it started and nothing else"
 }
 

@@ -7,11 +7,12 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ta_opd.errors import ConfigError, DataError
 
@@ -30,26 +31,49 @@ def fingerprint(words: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def directory_lock(directory: Path) -> Iterator[None]:
-    """Holds `directory` for this process. Raises ConfigError when another live process holds it.
+PATIENCE_SECONDS = 120.0  # for what a killed suite had started to stop its servers
 
-    The kernel drops the lock with the process that holds it, so a killed suite leaves nothing to clean up.
+
+@contextlib.contextmanager
+def directory_lock(directory: Path, patience: float = PATIENCE_SECONDS) -> Iterator[int]:
+    """Holds `directory` for this process; gives the descriptor to hand to the commands that work in it.
+
+    The kernel drops the lock with the last process that holds it, so a killed suite leaves nothing to clean up, and a command of it that
+    is still stopping keeps the next suite waiting, at most `patience` seconds. Raises ConfigError when a live suite holds the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "suite.lock"
     with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ConfigError(f"{directory} is in use by {holder}; wait for it, or choose another TAG or OUTPUT_ROOT") from None
+        _take(file, directory, patience)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
-        yield
+        yield file.fileno()
+
+
+def _take(file: TextIO, directory: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    waiting = False
+    while True:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        if not _is_gone(holder) or time.monotonic() > deadline:
+            what = f"what {holder} started and left" if _is_gone(holder) else holder
+            raise ConfigError(f"{directory} is in use by {what}; wait for it, or choose another TAG or OUTPUT_ROOT")
+        if not waiting:
+            print(f"waiting for what {holder} started to stop", flush=True)
+            waiting = True
+        time.sleep(0.2)
+
+
+def _is_gone(holder: str) -> bool:
+    """Whether `holder` names a process of this host that has ended."""
+    found = re.fullmatch(r"process (\d+) on (\S+) since .*", holder)
+    return bool(found) and found[2] == socket.gethostname() and not Path(f"/proc/{found[1]}").exists()
 
 
 class Memory:

@@ -18,6 +18,7 @@ PLACEMENT_FLAGS = {
     "--teacher-cuda-graph-max-bs", "--sglang-mem-fraction-static", "--sglang-cuda-graph-max-bs", "--max-tokens-per-gpu",
     "--teacher-num-gpus", "--teacher-num-gpus-per-engine", "--teacher-colocate", "--colocate", "--rollout-num-gpus",
     "--rollout-num-gpus-per-engine", "--save-interval", "--use-wandb", "--wandb-project", "--rm-url",
+    "--rollout-external-engine-addrs", "--allow-teacher-change",
 }  # fmt: skip
 PORT_VARIABLES = (
     "TEACHER_PORT", "TEACHER_NCCL_PORT", "RAY_PORT", "RAY_DASHBOARD_PORT", "RAY_OBJECT_MANAGER_PORT", "RAY_NODE_MANAGER_PORT",

@@ -53,8 +53,9 @@ def run_logged(
     tick: Callable[[float], None] | None = None,
     grace: float = GRACE_SECONDS,
     limit: float | None = None,
+    keep: Sequence[int] = (),
 ) -> Outcome:
-    """Runs `command` with its output appended to `log`; calls `tick(seconds)` twice a second.
+    """Runs `command` with its output appended to `log`; calls `tick(seconds)` twice a second. `keep`: descriptors that it inherits.
 
     When `stop` (see stop_requests) is not empty, or after `limit` seconds, the group gets SIGINT, after `grace` seconds SIGTERM, then SIGKILL. The
     child gets SIGTERM by itself when this process dies.
@@ -66,7 +67,7 @@ def run_logged(
         out.flush()
         child = subprocess.Popen(
             list(command), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, cwd=cwd,
-            start_new_session=True, preexec_fn=_die_with_parent,
+            start_new_session=True, preexec_fn=_die_with_parent, pass_fds=keep,
         )  # fmt: skip
         try:
             while child.poll() is None and not stop and not (limit and time.monotonic() - started > limit):

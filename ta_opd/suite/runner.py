@@ -75,6 +75,7 @@ class Suite:
         self.settings, self.environment = settings, environment
         self.force, self.on_error = force, on_error
         self.rows = plan.make_rows(settings, environment)
+        self._lock = -1  # descriptor, while `run` works
 
     def dry_run(self) -> None:
         print_commands(self.settings, self.rows, preview(self.settings, self.rows, self.environment))
@@ -84,7 +85,7 @@ class Suite:
         commands = preview(self.settings, self.rows, self.environment)
         identities = {name: plan.identity_of(text) for name, text in commands.items()}
         self._check_ports()
-        with mem.directory_lock(self.settings.directory), stop_requests() as stop:
+        with mem.directory_lock(self.settings.directory) as self._lock, stop_requests() as stop:
             memory = mem.Memory(self.settings.directory / "suite_state.json")
             if self.force:
                 self._set_aside(memory)
@@ -172,7 +173,7 @@ class Suite:
         memory.set(name, step.name, status=mem.RUNNING, started=time.time(), **record)
         print(f"{label}: {step.name} (log {log})", flush=True)
         with _progress(f"{label} {step.name}", _rollouts(step), run_dir) as tick:
-            outcome = run_logged(step.command, log=log, env=self.environment | {"DRY_RUN": "0"} | step.env, stop=stop, tick=tick)
+            outcome = run_logged(step.command, log=log, env=self.environment | {"DRY_RUN": "0"} | step.env, stop=stop, tick=tick, keep=[self._lock])
         missing = [str(o) for o in step.outputs if not o.exists()]
         if outcome.interrupted or (stop and (outcome.returncode or missing)):
             status = mem.INTERRUPTED

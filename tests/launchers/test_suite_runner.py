@@ -141,6 +141,30 @@ def test_two_calls_on_one_directory_do_not_meet(root):
     assert run(root, entries="tip:0.1").exit_code == 0
 
 
+HOLDER = """
+import os, subprocess, sys
+from pathlib import Path
+from ta_opd.suite.memory import directory_lock
+with directory_lock(Path(sys.argv[1])) as lock:
+    print(subprocess.Popen(["sleep", sys.argv[2]], pass_fds=[lock], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid, flush=True)
+    os._exit(0)
+"""
+
+
+def test_what_a_killed_suite_left_keeps_the_next_one_waiting(root):
+    def leave(seconds):
+        words = [sys.executable, "-c", HOLDER, str(root / "out/t"), str(seconds)]
+        return int(subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True).stdout)
+
+    left = leave(100)
+    with pytest.raises(ConfigError, match=r"in use by what process \d+ on .* started and left"), mem.directory_lock(root / "out/t", 0.3):
+        pass
+    os.kill(left, signal.SIGKILL)
+    left = leave(1)
+    with mem.directory_lock(root / "out/t", 60):
+        assert not _alive(left)
+
+
 def test_a_broken_memory_is_said(root):
     (root / "out/t").mkdir(parents=True)
     (root / "out/t/suite_state.json").write_text("{")
