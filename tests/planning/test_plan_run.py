@@ -1,0 +1,246 @@
+"""The planner: what was recorded comes out again, more of anything costs more, memory says no, and bad input is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slime.planning import memory
+from slime.planning.layout import Layout, Servers, Split
+from slime.planning.limits import limits
+from slime.planning.models import load_model
+from slime.planning.predict import Machine, Task, predict
+from slime.planning.rates import Rate, Rates, load_rates
+from slime.planning.search import best_plan
+from slime.planning.workload import Workload
+from ta_opd.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+RECORDED = RESULTS / "opd_step_one_h200_64x4x1024_r0p10_first.jsonl"
+# The recorded run: 205 responses at once, CUDA graphs up to 64, kept tokens at the begin of every response.
+AS_RECORDED = ["--student", "1.7B", "--teacher", "4B", "--gpus", "1", "--cut", "prefix", "--student-concurrency", "205", "--graph-batch", "64",
+               "--layout", "1,1,1,1", "--max-tokens-per-gpu", "16384"]  # fmt: skip
+
+
+def script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return script("tools/plan_run.py")
+
+
+@pytest.fixture
+def rates():
+    return load_rates(RESULTS / "rates.json")
+
+
+def task(rates, gpus=8, student="1.7B", teacher="4B", gpu="H200", **work) -> Task:
+    return Task(load_model(student), load_model(teacher), Workload(**work), Machine(rates.gpu(gpu), gpus), rates)
+
+
+def run_json(tool, capsys, words) -> dict:
+    assert tool.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def second_step() -> dict:
+    return json.loads(RECORDED.read_text().splitlines()[1])
+
+
+def test_the_recorded_step_comes_out_within_a_fifth(tool, capsys):
+    got, recorded = run_json(tool, capsys, AS_RECORDED)["seconds"], second_step()
+    measured = {"generate": recorded["seconds/sample"], "score": recorded["seconds/score"],
+                **{p: recorded[f"seconds/{p}"] for p in ("select", "split", "train", "sync", "total")}}  # fmt: skip
+    for phase, seconds in measured.items():
+        assert got[phase] == pytest.approx(seconds, rel=0.2), phase
+
+
+def test_training_and_scoring_follow_from_measurements_of_their_own(rates):
+    """With every calibrated rate spoilt, these two phases are predicted all the same."""
+    spoilt = {n: replace(r, value=r.value * 1000) if r.status == "calibrated" else r for n, r in rates.rates.items()}
+    work = Workload(cut="prefix", student_concurrency=205, graph_batch=64, max_tokens=16384)
+    job = Task(load_model("1.7B"), load_model("4B"), work, Machine(rates.gpu("H200"), 1), Rates(spoilt, rates.gpus))
+    seconds, recorded = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1))).seconds, second_step()
+    assert seconds["train"] == pytest.approx(recorded["seconds/train"], rel=0.1)
+    assert seconds["score"] == pytest.approx(recorded["seconds/score"], rel=0.2)
+
+
+@pytest.mark.parametrize("way, all_rows", [("kept, ours", False), ("all, ours", True)])
+def test_times_and_peaks_of_the_trainer_alone(rates, way, all_rows):
+    """benchmarks/loss_rows.py: one sequence batch without an optimizer, packed sequences of 4,096."""
+    for row in json.loads((RESULTS / "loss_rows_megatron_h200.json").read_text())["tables"]["whole step"]:
+        if row["way"] != way:
+            continue
+        job = task(rates, prompts=row["tokens"] // 4096, samples=1, prompt_len=1, response_len=4095, budget=0.1, all_rows=all_rows, max_tokens=row["tokens"])
+        got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+        assert got.train.total - got.train.optimizer == pytest.approx(row["ms"] / 1e3, rel=0.1)
+        found = memory.trainer_memory(job.student, Layout(), job.work, rates, row["tokens"])
+        assert (found.total - found.optimizer) / memory.GIB == pytest.approx(row["peak GiB"], rel=0.15)
+
+
+def test_generation_alone_with_graphs(rates):
+    """The serving measurement: 64 x 256 + 512 tokens in 2.08 s without and 2.68 s with top-16."""
+    for call in json.loads((RESULTS / "serving_h200.json").read_text())["calls"]:
+        if call["call"] == "generate":
+            job = task(rates, prompts=64, samples=1, prompt_len=256, response_len=512, k=call["K"])
+            got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1))).generate.wall
+            assert got == pytest.approx(call["seconds"][0], rel=0.05)
+
+
+def test_rates_are_what_the_raw_results_give():
+    assert script("benchmarks/fit_rates.py").main(["--check"]) == 0
+
+
+def test_every_rate_names_its_source(rates):
+    for found in rates.rates.values():
+        for name in found.source.split(",")[0].split(" + "):
+            assert found.status == "assumed" or (RESULTS / name).is_file() or name.endswith(".py"), found
+    assert {r.status for r in rates.rates.values()} == {"measured", "calibrated", "assumed"}
+
+
+def test_parameter_counts():
+    for name, total, active in (("1.7B", 1.72e9, 1.72e9), ("4B", 4.02e9, 4.02e9), ("14B", 14.8e9, 14.0e9), ("235B-A22B", 235e9, 21.5e9)):
+        model = load_model(name)
+        assert model.parameters == pytest.approx(total, rel=0.02)
+        assert model.trunk_active + model.table_parameters == pytest.approx(active, rel=0.03)
+    assert load_model("1.7B").cache_bytes == 2 * 28 * 8 * 128 * 2
+
+
+def test_a_count_without_a_known_shape_is_guessed_and_said(tool, capsys):
+    model = load_model("3B")
+    assert model.guessed and model.parameters == pytest.approx(3e9, rel=0.12)
+    assert tool.main(["--student", "3B", "--teacher", "4B", "--gpus", "2"]) == 0
+    assert "guessed" in capsys.readouterr().out
+
+
+def test_a_config_file_gives_the_same_as_its_name(tmp_path, rates):
+    config = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+              "max_position_embeddings": 40960}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for what in (tmp_path, tmp_path / "config.json"):
+        assert load_model(str(what)).parameters == load_model("1.7B").parameters
+        assert best_plan(task(rates, 2, student=str(what))).seconds == best_plan(task(rates, 2)).seconds
+
+
+def test_more_gpus_are_never_slower(rates):
+    totals = [best_plan(task(rates, gpus, "4B", "14B")).total for gpus in (2, 3, 4, 5, 8, 13, 16, 64)]
+    assert totals == sorted(totals, reverse=True) and totals[-1] < totals[0] / 4  # steps of decoding stay
+
+
+@pytest.mark.parametrize("more, of", [({"response_len": 4096}, "total"), ({"budget": 1.0, "cut": "prefix"}, "train"), ({"k": 64}, "select"),
+                                      ({"samples": 8}, "total"), ({"overlap": False}, "score"), ({"prompt_len": 2048}, "generate"),
+                                      ({"all_rows": True}, "train"), ({"k": 64}, "generate")])  # fmt: skip
+def test_more_work_takes_longer(rates, more, of):
+    split = Split("colocated", Layout(dp=4), Servers(4, 1), Servers(4, 1))
+    least = {"response_len": 1024, "response_mean": 700.0, "cut": "prefix"}
+    few, many = (predict(task(rates, 4, **w), split) for w in (least, {**least, **more}))
+    seconds = [p.total if of == "total" else p.seconds[of] for p in (few, many)]
+    assert seconds[1] > seconds[0]
+
+
+def test_reply_bytes_grow_with_k_as_measured(rates):
+    split, sizes = Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)), {}
+    for k in (16, 64):
+        job = task(rates, k=k)
+        sizes[k] = predict(job, split).middle.reply_bytes / job.work.response_tokens
+    measured = {r["K"]: r["generate_bytes"] + r["score_bytes"] for r in json.loads((RESULTS / "manager.json").read_text())["rows"]}
+    assert sizes[16] == pytest.approx(measured[16], rel=0.01) and sizes[64] == pytest.approx(measured[64], rel=0.01)
+
+
+def test_a_larger_teacher_scores_longer_and_experts_less_than_their_size(rates):
+    split = Split("apart", Layout(dp=4), Servers(4, 1), Servers(1, 8))
+    total = {name: predict(task(rates, 16, teacher=name), split).score.total for name in ("4B", "14B", "235B-A22B")}
+    assert total["4B"] < total["14B"] < total["235B-A22B"] < total["14B"] * 235 / 14
+
+
+def test_what_cannot_fit_is_refused_with_the_reason(rates):
+    with pytest.raises(ConfigError, match=r"4B and teacher 14B, got none.*memory: trainer .* needs 7\d\.\d GiB .*usable"):
+        best_plan(task(rates, 1, "4B", "14B", gpu="H100"))
+    with pytest.raises(ConfigError, match="context: the student takes 40960 positions"):
+        best_plan(task(rates, 64, response_len=50_000))
+    assert best_plan(task(rates, 4, "4B", "14B", gpu="H100")).split.gpus <= 4
+
+
+def test_no_plan_holds_more_than_the_card(rates):
+    for gpus, student, teacher in ((1, "1.7B", "4B"), (4, "4B", "14B"), (64, "32B", "235B-A22B")):
+        job = task(rates, gpus, student, teacher, response_len=8192, response_mean=4096.0, prompts=64)
+        got = best_plan(job)
+        assert got.fits and sum(got.bytes_by_role.values()) > 0
+        share = {"colocated": ("trainer", "student", "teacher"), "teacher apart": ("trainer", "student"), "apart": ("trainer",)}[got.split.mode]
+        assert sum(got.bytes_by_role[r] for r in share) <= memory.usable(job.machine.gpu, rates)
+        assert got.split.gpus <= gpus and got.split.trainer.gpus % got.split.trainer.tp == 0
+
+
+def test_the_middle_is_named_when_it_is_full(rates):
+    job = task(rates, 1024, "1.7B", "4B", prompts=16384, response_len=4096, response_mean=2000.0)
+    names = {x.name for x in limits(job, best_plan(job)) if x.crowded}
+    assert "batch-wide statistics and mask" in names
+
+
+def test_lengths_that_differ_hide_scoring(rates):
+    split = Split("apart", Layout(dp=2), Servers(2, 1), Servers(2, 1))
+    equal, spread = (predict(task(rates, 6, response_mean=m), split) for m in (None, 700.0))
+    assert equal.seconds["score"] == pytest.approx(equal.score.total)  # all end at once
+    assert spread.seconds["score"] < 0.2 * spread.score.total
+
+
+BAD = [
+    (["--student", "huge"], "model 'huge': expected an HF directory"),
+    (["--student", "/nowhere/config.json"], "expected an HF directory"),
+    (["--student", "12B-A2B"], "mixture of experts is known by its config"),
+    (["--gpus", "0"], "gpus: expected at least 1"),
+    (["--gpu", "Z9"], "GPU 'Z9': expected one of"),
+    (["--budget", "0"], "budget: expected a share"),
+    (["--k", "-1"], "k: expected 0 or more"),
+    (["--k", "200000"], "k: expected at most the student's vocabulary"),
+    (["--response-len", "0"], "response_len: expected at least 1"),
+    (["--response-mean", "5000"], "response_mean: expected 1 to response_len"),
+    (["--optimizer-steps", "3"], "optimizer_steps: expected a divisor"),
+    (["--matmul-tflops", "-5"], "GPU matmul: expected a positive number"),
+    (["--layout", "1,1"], "--layout: expected 4 positive numbers"),
+    (["--layout", "1,1,1,8"], "at most --gpus 1"),
+    (["--layout", "1,1,1,1", "--student-servers", "2x1"], "at most its 1 GPUs"),
+    (["--rates", "/nowhere.json"], "rates /nowhere.json: expected a JSON file"),
+]
+
+
+@pytest.mark.parametrize("words, message", BAD, ids=[" ".join(w) for w, _ in BAD])
+def test_bad_input_says_what_was_expected(tool, capsys, words, message):
+    assert tool.main(["--student", "1.7B", "--teacher", "4B", "--gpus", "1", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_rates(tmp_path):
+    path = tmp_path / "rates.json"
+    for content, message in (("{", "expected keys"), ('{"gpus": {}, "rates": {"x": {"value": 1}}}', "entry 'x'")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_rates(path)
+    with pytest.raises(DataError, match="expected an entry 'speed'"):
+        Rates({"x": Rate("x", 1, "", "assumed", "")}, {})["speed"]
+
+
+def test_tables_name_phases_and_the_state_of_every_rate(tool, capsys):
+    assert tool.main(AS_RECORDED) == 0
+    text = capsys.readouterr().out
+    for word in ("generate", "sync", "GiB a GPU", "measured", "calibrated", "assumed", "loss_rows_megatron_h200.json", "--colocate"):
+        assert word in text
+
+
+def test_the_flags_of_a_plan_are_flags_of_the_trainer(tool, capsys):
+    from slime.utils.arguments import build_parser
+
+    plan = run_json(tool, capsys, ["--student", "4B", "--teacher", "14B", "--gpus", "8"])["plan"]
+    args = build_parser().parse_args(plan["flags"])
+    assert args.actor_num_nodes * args.actor_num_gpus_per_node == plan["trainer"]["dp"] * plan["trainer"]["tp"] * plan["trainer"]["pp"] * plan["trainer"]["cp"]
