@@ -26,11 +26,11 @@ class FakeSGLang:
     500, 429, cut (half of the JSON), html, missing (no log-probs), null, abort, slow, drop (connection closed), 400, 401.
     """
 
-    def __init__(self, *, flat=True, version="1", api_key=None):
+    def __init__(self, *, flat=True, version="1", api_key=None, context=None):
         self.faults: list[str] = []
         self.requests: list[dict] = []
         self.aborted: list[str] = []
-        self.flat, self.version, self.api_key = flat, version, api_key
+        self.flat, self.version, self.api_key, self.context = flat, version, api_key, context
         self.in_flight = self.most_in_flight = 0
         self.delay, self._closing = 0.0, False
         self.responses_of = lambda ids, n: [(sum(ids) + i) % VOCAB for i in range(n)]
@@ -72,7 +72,7 @@ class FakeSGLang:
         return web.json_response({"model_path": "fake", "weight_version": self.version})
 
     async def _server_info(self, request):
-        return web.json_response({"context_length": 128})
+        return web.json_response({"context_length": self.context or 128})
 
     async def _generate(self, request):
         body = await request.json()
@@ -89,6 +89,9 @@ class FakeSGLang:
             return web.json_response({"error": "unauthorized"}, status=401)
         if self.delay:
             await asyncio.sleep(self.delay)
+        asked = 0 if isinstance(body["input_ids"][0], list) else len(body["input_ids"]) + body["sampling_params"]["max_new_tokens"]
+        if self.context and asked >= self.context:  # as SGLang: a sequence is shorter than the context
+            return web.json_response({"error": {"message": f"{asked} tokens do not fit into {self.context}"}}, status=400)
         if fault == "slow":
             for _ in range(300):
                 if not self._closing:

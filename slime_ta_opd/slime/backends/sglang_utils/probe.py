@@ -17,7 +17,7 @@ from ta_opd.errors import TaOpdError
 TEXT = "On-policy distillation: 12 + 34 = 46, so the answer is 46.\nA46"
 # Largest difference of a log-prob that arithmetic alone explains, by dtype of the engines
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-_NEW_TOKENS = 8
+_TOKENS, _NEW_TOKENS = 64, 8  # of the probe's text and of what is sampled after it, where the context has room
 
 
 @dataclass
@@ -58,7 +58,9 @@ class _Probe:
         self.tolerance = TOLERANCE.get(getattr(args, "sglang_dtype", None) or "bfloat16", 0.25)
         self.tokenizer = load_tokenizer(args.hf_checkpoint, getattr(args, "trust_remote_code", False))
         ids = self.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        self.ids = [i for i in ids if i >= 0][:64]
+        context = getattr(args, "rollout_max_context_len", None) or _TOKENS + _NEW_TOKENS
+        self.new_tokens = max(1, min(_NEW_TOKENS, context // 2))
+        self.ids = [i for i in ids if i >= 0][: max(2, min(_TOKENS, context - self.new_tokens))]
 
     def add(self, name: str, ok: bool | None, found: str, advice: str = "") -> None:
         self.checks.append(Check(name, ok, found, advice))
@@ -83,7 +85,7 @@ class _Probe:
         if info is None:
             return
         self._context(name, info)
-        params = {"temperature": self.args.rollout_temperature, "max_new_tokens": _NEW_TOKENS, "sampling_seed": 7, "ignore_eos": True}
+        params = {"temperature": self.args.rollout_temperature, "max_new_tokens": self.new_tokens, "sampling_seed": 7, "ignore_eos": True}
         replies = [
             await self._try(f"{name}: samples at {url}", self.student.generate(self.ids, params, k, prefer=url), advice)
             for url in self.student.urls
