@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +21,15 @@ from slime.backends.megatron_utils.model import build_model, wrap_for_training
 from slime.backends.megatron_utils.settings import Settings
 from slime.backends.megatron_utils.step import Stepper, vocabulary_args
 
-WAYS = {"all, plain": ("all", "plain"), "all, chunked": ("all", "chunked"), "all, ours": ("all", "ours"), "kept, plain": ("kept", "plain"),
-        "kept, ours": ("kept", "ours")}
+WAYS = {  # name: (rows of the loss, loss, rows of the last layer)
+    "all, plain": ("all", "plain", "all"),
+    "all, chunked": ("all", "chunked", "all"),
+    "all, ours": ("all", "ours", "all"),
+    "kept, plain": ("kept", "plain", "mlp"),
+    "kept, ours, last layer whole": ("kept", "ours", "all"),
+    "kept, ours, last layer's MLP on kept rows": ("kept", "ours", "mlp"),
+    "kept, ours, last layer on kept rows": ("kept", "ours", "kept"),
+}
 PROMPT = 256
 
 
@@ -42,7 +51,7 @@ def comparison_loss(name: str) -> LossSpec:
     return LossSpec(name, fn, get_loss("sampled_reverse_kl").needs, None, "logprob")
 
 
-def batch(s: Shape, tokens: int, length: int, share: float) -> dict:
+def step_batch(s: Shape, tokens: int, length: int, share: float) -> dict:
     """Samples that fill `tokens` packed tokens; `share` of all tokens is kept, the last response position always."""
     rng = np.random.default_rng(0)
     prompt = min(PROMPT, length // 4)
@@ -63,17 +72,17 @@ def batch(s: Shape, tokens: int, length: int, share: float) -> dict:
     }  # fmt: skip
 
 
-def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10) -> list[dict]:
-    """One row a way and size. Gradients go to megatron-core's f32 buffers, which are allocated before and counted in the peak."""
+@contextmanager
+def one_rank(s: Shape, max_tokens: int, bf16: bool) -> Iterator[tuple]:
+    """(model in megatron-core's DDP, settings, device) of the trainer on one rank, full recompute, random weights."""
     cpu_runtime.install()
     device = m.device()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    out: list[dict] = []
     with cpu_runtime.cpu_runtime():
         settings = Settings.from_args(Namespace(
-            bf16=device.type == "cuda", max_tokens_per_gpu=max(sizes), recompute_granularity="full", recompute_method="uniform",
+            bf16=bf16, max_tokens_per_gpu=max_tokens, recompute_granularity="full", recompute_method="uniform",
             recompute_num_layers=1))
         distributed.init_world(0, 1, "127.0.0.1", port)
         distributed.init_model_parallel(settings)
@@ -83,12 +92,26 @@ def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10)
             torch.nn.init.normal_(p, 0, 0.02) if p.dim() == 2 else torch.nn.init.ones_(p)
         model = wrap_for_training(model, settings)
         model.train()
+        try:
+            yield model, settings, device
+        finally:
+            distributed.leave_world()
+
+
+def stepper_of(model, settings: Settings, loss: LossSpec, device: torch.device, **changes) -> Stepper:
+    own = SimpleNamespace(**{**vars(settings), **changes})
+    return Stepper(model=model, loss=loss, settings=own, args=vocabulary_args(Namespace(eps_clip=0.2), model), device=device)
+
+
+def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10) -> list[dict]:
+    """One row a way and size. Gradients go to megatron-core's f32 buffers, which are allocated before and counted in the peak."""
+    out: list[dict] = []
+    with one_rank(s, max(sizes), bf16=m.device().type == "cuda") as (model, settings, device):
         for tokens in sizes:
-            data = batch(s, tokens, length, share)
-            for name, (rows, loss) in WAYS.items():
+            data = step_batch(s, tokens, length, share)
+            for name, (rows, loss, last) in WAYS.items():
                 spec = get_loss("sampled_reverse_kl") if loss == "ours" else comparison_loss(loss)
-                own = SimpleNamespace(**{**vars(settings), "opd_loss_rows": rows})
-                stepper = Stepper(model=model, loss=spec, settings=own, args=vocabulary_args(Namespace(eps_clip=0.2), model), device=device)
+                stepper = stepper_of(model, settings, spec, device, opd_loss_rows=rows, opd_last_layer_rows=last)
                 m.free()
                 row = {"tokens": tokens, "trunk": "megatron", "way": name, "ms": None, "peak GiB": None}
                 try:
@@ -98,5 +121,4 @@ def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10)
                 except torch.cuda.OutOfMemoryError:
                     pass
                 out.append(row)
-        distributed.leave_world()
     return out

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import divergence, loss_rows, measure
+from benchmarks import divergence, loss_rows, measure, step_account
+from benchmarks.reference_trunk import QWEN3_1_7B
 
 
 def _run(module, monkeypatch, out, *flags) -> dict:
@@ -30,6 +31,16 @@ def test_loss_rows(tmp_path, monkeypatch, flags):
         assert {row["way"] for row in result["tables"]["head alone"]} == set(loss_rows.WAYS)
     else:
         assert {row["kept against"] for row in result["tables"]["ratios"]} == {"all, plain", "all, chunked", "all, ours"}
+
+
+def test_counted_peaks_are_those_recorded_on_a_gpu():
+    rows = step_account.tables(QWEN3_1_7B, [16_384, 32_768])["GiB"]
+    known = [r for r in rows if r["recorded peak"]]
+    assert len(known) == 4
+    for r in known:
+        assert r["peak"] == pytest.approx(r["recorded peak"], rel=0.025), r
+    work = step_account.flops(QWEN3_1_7B, 16_384, True, "kept")
+    assert work["all"] == pytest.approx(sum(v for k, v in work.items() if k != "all"))
 
 
 def test_wrong_numbers_fail_the_benchmark(tmp_path, monkeypatch):
