@@ -363,7 +363,7 @@ def _summary(columns, picked: _Picked, valid_T, num_valid: int, config, name: st
         "budget_ratio": config.ratio,
         "warnings": warnings,
     }
-    for column in ("H_norm", "D_norm", "C_norm", "tip_score", "ca_softor_score", "reach_t1", "Cmass_exact"):
+    for column in ("Hs_topk", "KLf_union", "Cmass", "H_norm", "D_norm", "C_norm", "tip_score", "ca_softor_score", "reach_t1", "Cmass_exact"):
         if column in columns:
             summary[f"mean_{column}"] = float(columns[column][valid_T].mean(dtype=np.float64)) if num_valid else 0.0
     return summary

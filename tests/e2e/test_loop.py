@@ -56,7 +56,8 @@ def test_every_sample_keeps_a_token_and_the_bank_holds_what_was_trained(whole, t
 def test_metrics_evaluation_dumps_and_markers_are_written(whole, task):
     result, checkpoints = whole
     keys = result.rows[0]
-    for name in ("rollout/reverse_kl_kept", "rollout/truncated", "rollout/response_length", "rollout/teacher_log_prob", "train/grad_norm",
+    for name in ("rollout/reverse_kl_kept", "rollout/truncated", "rollout/response_length", "rollout/teacher_log_prob", "rollout/mean_Hs_topk",
+                 "rollout/mean_KLf_union", "rollout/mean_Cmass", "train/grad_norm",
                  "train/lr", "seconds/generate", "seconds/train", "seconds/sync", "tokens_per_second/total"):  # fmt: skip
         assert name in keys, name
     evaluations = [json.loads(line) for line in (result.dir / "eval.jsonl").read_text().splitlines()]

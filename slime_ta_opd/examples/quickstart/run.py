@@ -22,6 +22,7 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "slime_ta_opd")) if p not in s
 from examples.quickstart import arithmetic, heldout, plan, processes, tiny_models  # noqa: E402
 from examples.quickstart.processes import say  # noqa: E402
 from ta_opd.errors import ConfigError, TaOpdError  # noqa: E402
+from ta_opd.fixed_context.hf import import_transformers  # noqa: E402
 
 GAP_TO_CLOSE, KL_TO_CUT = 1 / 3, 0.30
 CONTEXT, MAX_RESPONSE, TOPK = 96, 48, 16  # as in config.yaml
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.contexts <= 300:
         raise ConfigError(f"--contexts: expected 1 to 300 (the held-out prompts), got {args.contexts}")
     plan.plan(home, methods=args.methods, seeds=args.seeds, steps=args.steps, student=home, train_file=home, heldout_file=home)  # checked early
+    import_transformers().utils.logging.disable_progress_bar()  # tiny models load in milliseconds
     with processes.MemoryWatch() as memory:
         say("task: 2,000 training prompts and 300 held-out ones")
         task = arithmetic.write_task(home / "task")
