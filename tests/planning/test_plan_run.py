@@ -101,6 +101,10 @@ def test_rates_are_what_the_raw_results_give():
     assert script("benchmarks/fit_rates.py").main(["--check"]) == 0
 
 
+def test_the_scaling_page_is_up_to_date():
+    assert script("tools/make_scaling_page.py").main(["--check"]) == 0
+
+
 def test_every_rate_names_its_source(rates):
     for found in rates.rates.values():
         for name in found.source.split(",")[0].split(" + "):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from slime.planning.predict import Prediction, Task
 
 CROWDED = 0.10  # of a step: worth a warning
-MANAGER_MEMORY = 256e9  # bytes of host memory that a node can spare for the manager
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,3 @@ def limits(task: Task, prediction: Prediction) -> list[Limit]:
 def _limit(name: str, seconds: float, of: float, hidden: bool, load: str, breaks_at: float) -> Limit:
     return Limit(name, seconds, seconds / of if of else 0.0, hidden, load, breaks_at)
 
-
-def single_process_rate(task: Task) -> float:
-    """Response tokens a second that one core parses."""
-    from slime.planning.predict import middle
-
-    return task.work.response_tokens / middle(task).parse

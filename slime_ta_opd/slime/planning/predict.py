@@ -86,11 +86,11 @@ def middle(task: Task) -> Middle:
     def per_token(name: str) -> float:
         return rates[f"{name}_fixed"] + rates[f"{name}_per_k"] * k
 
-    us = 1e-6 * tokens
+    us = 1e-6 * tokens * rates["manager_factor"]
     reply = per_token("generate_bytes") + per_token("score_bytes")
     held = 2 * 8 * k + 64 + 4 * 60  # both top-K, ids and log-probs, and about sixty columns of metrics and scores
     bank = (rates["bank_us"] * us, rates["bank_bytes"] * tokens) if work.bank else (0.0, 0.0)
-    return Middle(per_token("parse_us") * us, rates["manager_factor"] * per_token("select_us") * us, rates["split_us"] * us, bank[0],
+    return Middle(per_token("parse_us") * us, per_token("select_us") * us, rates["split_us"] * 1e-6 * tokens, bank[0],
                   reply * tokens, per_token("ship_bytes") * tokens, bank[1], held * tokens)  # fmt: skip
 
 

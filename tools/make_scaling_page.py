@@ -1,0 +1,197 @@
+"""Writes docs/scaling.md: plans of tools/plan_run.py from one GPU to 1,024, and what stops growing first at each size.
+
+  make_scaling_page.py            writes the page
+  make_scaling_page.py --check    ends with 1 when the page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from slime.planning.layout import Layout, Servers, Split
+from slime.planning.limits import CROWDED, limits
+from slime.planning.models import load_model
+from slime.planning.predict import Machine, Prediction, Task, predict
+from slime.planning.rates import STATUSES, load_rates
+from slime.planning.render import ROW_HEAD, markdown_limits, markdown_row
+from slime.planning.search import best_plan
+from slime.planning.workload import Workload
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "scaling.md"
+RATES = ROOT / "benchmarks" / "results" / "rates.json"
+# title, student, teacher, workload, GPUs
+SCENES = (
+    ("One node, short answers", "1.7B", "4B", {"prompts": 64, "samples": 4, "response_len": 1024, "response_mean": 700}, (1, 2, 4, 8)),
+    ("One to four nodes", "4B", "14B", {"prompts": 128, "samples": 4, "response_len": 4096, "response_mean": 2000}, (4, 8, 16, 32)),
+    ("Long reasoning", "8B", "32B", {"prompts": 256, "samples": 4, "response_len": 16384, "response_mean": 6000}, (16, 32, 64, 128)),
+    ("A teacher of 235B-A22B, 32k tokens", "8B", "235B-A22B", {"prompts": 256, "samples": 4, "response_len": 32768, "response_mean": 12000}, (32, 64, 128, 256)),
+    ("The same, a larger student", "32B", "235B-A22B", {"prompts": 512, "samples": 4, "response_len": 32768, "response_mean": 12000}, (128, 256, 512, 1024)),
+    ("Small models, very large batches", "1.7B", "4B", {"prompts": 8192, "samples": 4, "response_len": 4096, "response_mean": 2000}, (64, 256, 1024)),
+)  # fmt: skip
+INTRO = """# Scaling: from one GPU to 1,024, on paper that is checked
+
+<!-- written by tools/make_scaling_page.py; edit that -->
+
+`tools/plan_run.py` predicts the seconds and the memory of every phase and searches for the best use of a number of GPUs:
+
+```
+PYTHONPATH=.:slime_ta_opd python tools/plan_run.py --student 1.7B --teacher 4B --gpus 8 --response-mean 700
+PYTHONPATH=.:slime_ta_opd python tools/plan_run.py --student HF_DIR --teacher HF_DIR --gpu H100 --gpus 16 --json
+```
+
+It prints the plan as flags of `train.py` and says of every rate whether it was **measured** (by a benchmark of that piece alone),
+**calibrated** (taken from the whole steps it is compared with) or **assumed** (a data sheet or a guess). The rates are in
+`benchmarks/results/rates.json`, made from the raw results by `benchmarks/fit_rates.py`. Everything here is for H200s in nodes of eight,
+K = 16, a budget of 10 % spread evenly over the responses, prompts of 256 tokens, and the token bank on.
+
+Only the one-GPU step has been run as a whole. Above eight GPUs these tables are predictions, and what they assume about links between
+nodes, tensor parallelism, experts and memory reserves has not been measured here.
+
+## Against what was measured
+
+"""
+MECHANICS = """
+## How the parts are predicted
+
+- **Generate**: a decoding step reads the weights once and the cache of every running response, plus a fixed time a layer; top-K costs a time a
+  token and K. With all responses equally long the step count is waves x length; with spread lengths a tail of the longest remains.
+- **Score**: prefill operations at the measured share of the matrix rate, and a time a token and K for the top-K. What ends early is scored
+  while others are still sampled; on shared GPUs that time is added to generation unless it falls into its pauses.
+- **Train**: operations (6 N a token, attention, kept rows through the vocabulary matrix, recompute) at the measured share of the matrix rate,
+  a fixed time a micro-batch, then messages of TP, CP and EP, the pipeline's bubble, gradients and the optimizer.
+- **The manager** (select, split, parse, bank): times a token of one core from `benchmarks/manager.py`, times what the GPU host's manager
+  took longer than that machine's (1.9: another core, and client threads beside it).
+- **Memory**: 18 bytes a trainer parameter, the 12 of the optimizer divided over data- and context-parallel ranks; inputs of all layers and one
+  layer's working set as measured; server weights, 4 GiB of reserve each, caches.
+
+More GPUs never make a plan slower: sizes are tried from one fixed grid, and a plan may leave GPUs unused.
+"""
+
+
+def split_one() -> Split:
+    return Split("colocated", Layout(), Servers(1, 1), Servers(1, 1))
+
+
+def measured_table(rates) -> list[str]:
+    """The recorded step beside its prediction."""
+    import json
+
+    recorded = json.loads((ROOT / "benchmarks/results/opd_step_one_h200_64x4x1024_r0p10_first.jsonl").read_text().splitlines()[1])
+    work = Workload(cut="prefix", student_concurrency=205, graph_batch=64, max_tokens=16384)
+    task = Task(load_model("1.7B"), load_model("4B"), work, Machine(rates.gpu("H200"), 1), rates)
+    got = predict(task, split_one())
+    basis = {"generate": "calibrated: time a step without CUDA graphs", "score": "measured", "select": "calibrated: the GPU host's CPU",
+             "split": "calibrated", "train": "measured", "sync": "calibrated", "total": ""}  # fmt: skip
+    keys = {"generate": "seconds/sample"}
+    lines = ["One H200, everything colocated, 64 x 4 x 1,024, K = 16, budget 0.10, 205 responses at once, CUDA graphs up to 64, kept tokens at the",
+             "begin of each response (with random weights C is 0 everywhere and ties go to earlier positions):", "",
+             "| phase | measured s | predicted s | difference | rests on |", "|---|---|---|---|---|"]  # fmt: skip
+    for phase in (*got.seconds, "total"):
+        real = recorded[keys.get(phase, f"seconds/{phase}")]
+        guess = got.total if phase == "total" else got.seconds[phase]
+        lines.append(f"| {phase} | {real:.2f} | {guess:.2f} | {guess / real - 1:+.0%} | {basis[phase]} |")
+    lines += ["", "Training and scoring come from `loss_rows.py --part step` and a serving measurement, not from this run. The generation row says little:",
+              "its largest part, the wait of a step without a CUDA graph, has been measured in this run only (rollout 0)."]  # fmt: skip
+    return lines
+
+
+def scene(rates, title: str, student: str, teacher: str, work: dict, sizes) -> tuple[list[str], list[tuple[Task, Prediction]]]:
+    lines = ["", f"## {title}: {teacher} teaches {student}", "",
+             f"{work['prompts']} prompts x {work['samples']} responses of at most {work['response_len']:,} tokens, {work['response_mean']:,} on average.", "", ROW_HEAD]  # fmt: skip
+    plans = []
+    for gpus in sizes:
+        task = Task(load_model(student), load_model(teacher), Workload(**work), Machine(rates.gpu("H200"), gpus), rates)
+        plans.append((task, best_plan(task)))
+        lines.append(markdown_row(*plans[-1]))
+    lines += ["", f"What does not grow with GPUs, at {sizes[-1]:,}:", "", "| part | seconds | share | load |", "|---|---|---|---|", *markdown_limits(*plans[-1])]
+    return lines, plans
+
+
+def breaking(rates, plans: list[tuple[Task, Prediction]]) -> list[str]:
+    one = Task(load_model("1.7B"), load_model("4B"), Workload(), Machine(rates.gpu("H200"), 1), rates)
+    found = {x.name: x for x in limits(one, predict(one, split_one()))}
+    parse, select = found["replies parsed in one process"], found["batch-wide statistics and mask"]
+    ship, bank = found["splitting and shipping"], found["token bank, one thread"]
+    middle = predict(one, split_one()).middle
+    reply = middle.reply_bytes / one.work.response_tokens
+    first = []
+    for task, p in plans:
+        top = limits(task, p)[:2]
+        words = "; ".join(f"{x.name} {x.share:.1%} ({x.seconds:.1f} s{', hidden' if x.hidden else ''})" for x in top)
+        state = "over its allowance" if top[0].crowded else "within its allowance"
+        first.append(f"| {task.student.name} from {task.teacher.name}, {task.work.response_tokens / 1e6:,.1f} M tokens a step | {p.split.gpus:,} | "
+                     f"{task.work.response_tokens / p.total:,.0f} | {words} | {state} |")  # fmt: skip
+    return f"""
+## What breaks first
+
+One process stands in the middle: the `RolloutManager` actor. Every reply of every engine and teacher is read and parsed in it, the
+statistics of the whole batch are computed in it, and it cuts the batch into shards. Per-token data never pass through the driver
+(it holds references), and each trainer rank fetches the shard of its data-parallel share only. Allowance: {CROWDED:.0%} of the step for what
+the step waits for, all of the phase it hides behind for the rest.
+
+| run | GPUs | tokens/s | the two most crowded parts | state |
+|---|---|---|---|---|
+{chr(10).join(first)}
+
+**Reply bytes and parsing.** A response token at K = 16 comes as {reply:,.0f} bytes: {rates["generate_bytes_fixed"] + 16 * rates["generate_bytes_per_k"]:,.0f} from the student in JSON,
+{rates["score_bytes_fixed"] + 16 * rates["score_bytes_per_k"]:,.0f} from the teacher, whose top-K is packed. Parsing takes {1e6 * middle.parse / one.work.response_tokens:.2f} us of one core of the GPU host, so one manager saturates at
+{parse.breaks_at:,.0f} response tokens a second ({parse.breaks_at * reply / 1e6:,.0f} MB/s); at K = 64 at about a quarter of that. What the code does: replies become float32 and int32
+arrays the moment they arrive, raw bytes are dropped, large ones are parsed in threads, the score's top-K skips JSON, only the response
+span is asked for, and all of it runs beside generation. What it does not do: spread replies over several processes. Past that rate
+`generate` is as long as parsing; the planner counts it so. One event loop also holds one connection a running response.
+
+**Batch-wide statistics.** Metrics, quantiles over the batch and the mask take {1e6 * middle.select / one.work.response_tokens:.2f} us a token on the GPU host, and the step waits for them: 10 % of a
+step at {select.breaks_at:,.0f} tokens a second. Memory is about {middle.held_bytes / one.work.response_tokens:,.0f} bytes a token while they run. What the code does: metrics are
+computed in blocks that stay in cache, float32, quantiles by partition and not by sorting. Metrics do not depend on other tokens and
+could be computed as replies arrive; they are not yet. The quantiles alone need the whole batch.
+
+**Splitting and shipping.** {middle.ship_bytes / one.work.response_tokens:,.0f} bytes a token into Ray's shared memory, {1e6 * middle.split / one.work.response_tokens:.2f} us a token, 10 % of a step at {ship.breaks_at:,.0f} tokens a second. Tensor-, pipeline-
+and context-parallel ranks of one share fetch the same object.
+
+**Token bank.** {middle.bank_bytes / one.work.response_tokens:,.0f} bytes a token as parquet, {1e6 * middle.bank / one.work.response_tokens:.2f} us a token in one thread beside the training step; it keeps up until {bank.breaks_at:,.0f} tokens
+a second of the whole loop. Two rollouts may wait; a third blocks the manager, so a slow disk slows the run instead of filling memory.
+
+**Weight sync.** Weights leave from trainer rank 0 in buckets of 512 MiB: each is gathered over tensor and pipeline ranks to rank 0, then
+handed over (shared GPUs) or broadcast to all engines in one group. The source's link bounds it, so seconds grow with the student
+and not with the number of engines; starting the group is once a run. Engines do not sample meanwhile.
+
+**The slowest response.** At 32k tokens the last responses decode alone: steps of the longest response bound `generate` whatever the
+number of GPUs, which is why doubling GPUs stops paying at the bottom of the tables. `--partial-rollout` and
+`--over-sampling-batch-size` trade that wait for stale or dropped responses; this page counts neither.
+""".splitlines()  # noqa: E501
+
+
+def page() -> str:
+    rates = load_rates(RATES)
+    lines, plans = [INTRO.rstrip("\n"), "", *measured_table(rates), MECHANICS.rstrip("\n")], []
+    for title, *rest in SCENES:
+        part, found = scene(rates, title, *rest)
+        lines += part
+        plans.append(found[-1])
+    lines += breaking(rates, plans)
+    lines += ["", "## Rates", "", "| rate | value | status | from |", "|---|---|---|---|"]
+    ordered = sorted(rates.rates.values(), key=lambda r: (STATUSES.index(r.status), r.name))
+    lines += [f"| {r.name} | {r.value:.4g} {r.unit} | {r.status} | {r.source}: {r.how} |" for r in ordered]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 when the page is out of date")
+    args = parser.parse_args(argv)
+    text = page()
+    if args.check:
+        if not PAGE.is_file() or PAGE.read_text() != text:
+            print(f"{PAGE} is out of date; run tools/make_scaling_page.py", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(text)
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
