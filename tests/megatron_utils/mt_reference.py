@@ -40,18 +40,16 @@ def divergence(kind: str, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return 0.5 * (t.exp() * (t - middle)).sum(1) + 0.5 * (s.exp() * (s - middle)).sum(1)
 
 
-def token_losses(logits: torch.Tensor, data: dict, sample: int, loss: str, support: str = "teacher", teacher=None) -> torch.Tensor:
-    """Loss of every response position, [L]."""
+def token_losses(
+    logits: torch.Tensor, data: dict, sample: int, loss: str, support: str = "teacher", teacher=None, policy: tuple = ()
+) -> torch.Tensor:
+    """Loss of every response position, [L]. policy: (name, value) pairs of `sampled_loss`."""
     logp = logits.log_softmax(-1)
     take = lambda name: torch.from_numpy(data[name][sample]).to(logits.dtype)  # noqa: E731
     if loss == "sampled_reverse_kl":
         chosen = logp.gather(1, targets(data, sample)[:, None])[:, 0]
-        old = take("rollout_log_probs")
-        advantage = take("teacher_log_probs") - old
-        if "advantages" in data:
-            advantage = advantage + take("advantages")
-        ratio = (chosen - old).exp()
-        return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+        base = take("advantages") if "advantages" in data else 0.0
+        return sampled_loss(chosen, take("rollout_log_probs"), take("teacher_log_probs"), base, **dict(policy))
     if loss.startswith("full_"):
         return divergence(loss.removeprefix("full_"), logp, response_logits(teacher, data, sample).detach().log_softmax(-1))
     ids = torch.from_numpy(data[f"{support}_topk_ids"][sample].astype(np.int64))
@@ -61,6 +59,18 @@ def token_losses(logits: torch.Tensor, data: dict, sample: int, loss: str, suppo
     s = torch.cat([logp.gather(1, ids), rest], 1)
     t = torch.cat([known, torch.log1p(-known.exp().sum(1, keepdim=True))], 1)
     return divergence(loss.removeprefix("topk_"), s, t)
+
+
+def sampled_loss(new, old, teacher, base, *, coef=1.0, low=0.2, high=0.2, dual=None, recompute=False) -> torch.Tensor:
+    """The clipped policy loss of each sampled token."""
+    signal = (new.detach() if recompute else old) - teacher
+    out = []
+    for advantage, ratio in zip(base - coef * signal, (new - old).exp(), strict=True):
+        value = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+        if dual is not None and advantage < 0:
+            value = torch.min(value, -advantage * dual)
+        out.append(value)
+    return torch.stack(out)
 
 
 def row_weights(data: dict, reduction: str) -> list[torch.Tensor]:
@@ -75,15 +85,19 @@ def row_weights(data: dict, reduction: str) -> list[torch.Tensor]:
     return out
 
 
-def objective(model, data: dict, loss: str, reduction: str = "kept_token_mean", support="teacher", teacher=None) -> torch.Tensor:
+def objective(
+    model, data: dict, loss: str, reduction: str = "kept_token_mean", support="teacher", teacher=None, policy=()
+) -> torch.Tensor:
     total = torch.zeros(())
     for sample, weight in enumerate(row_weights(data, reduction)):
-        losses = token_losses(response_logits(model, data, sample), data, sample, loss, support, teacher)
+        losses = token_losses(response_logits(model, data, sample), data, sample, loss, support, teacher, policy)
         total = total + torch.where(weight != 0, losses * weight, 0.0).sum()
     return total
 
 
-def run(folder, data: dict, loss: str, *, steps=3, lr=1e-3, clip=0.5, reduction="kept_token_mean", support="teacher", teacher=None):
+def run(
+    folder, data: dict, loss: str, *, steps=3, lr=1e-3, clip=0.5, reduction="kept_token_mean", support="teacher", teacher=None, policy=()
+):
     """Log-probs before, losses and gradient norms of each step, gradients of the first, weights after the last."""
     model = load(folder)
     with torch.no_grad():
@@ -100,7 +114,7 @@ def run(folder, data: dict, loss: str, *, steps=3, lr=1e-3, clip=0.5, reduction=
     out = {"log_probs": logps, "losses": [], "norms": []}
     for step in range(steps):
         adam.zero_grad()
-        value = objective(model, data, loss, reduction, support, teacher)
+        value = objective(model, data, loss, reduction, support, teacher, policy)
         value.backward()
         if step == 0:
             out["gradients"] = {n: p.grad.numpy().copy() for n, p in named.items()}

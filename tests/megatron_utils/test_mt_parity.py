@@ -93,6 +93,49 @@ def test_reductions(pool, models, references, reduction, layout):
         **LAYOUTS[layout],
     )  # fmt: skip
     compare(results, references("qwen3", False, "topk_reverse_kl", reduction=reduction, lr=LR))
+    step = data()["steps"][0]
+    named = {"denominator_samples": step["num_samples"], "denominator_valid_tokens": step["valid_tokens"]}
+    logged = {k: v for k, v in results[-1]["metrics"][0].items() if k.startswith("denominator")}
+    assert logged == {k: float(v) for k, v in named.items() if reduction.split("_")[0] in k}
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags"),
+    [
+        ({"recompute": True, "coef": 0.5}, {"opd_recompute_student": True, "opd_kl_coef": 0.5}),
+        ({"low": 0.1, "high": 0.3, "dual": 2.0}, {"eps_clip": 0.1, "eps_clip_high": 0.3, "eps_clip_c": 2.0}),
+    ],
+    ids=["recompute", "clips"],
+)
+@pytest.mark.parametrize("layout", ["tp2_sp", *(pytest.param(x, marks=pytest.mark.slow) for x in ("one", "tp2_pp2", "tp2_cp2_sp"))])
+def test_policy_options(pool, models, near_data, layout, policy, flags):
+    """The student side under the current weights, and both clips with the bound for negative advantages, on moved weights."""
+    import mt_reference
+
+    results = pool.run("train", model=models("qwen3"), data=near_data, opd_loss_type="sampled_reverse_kl", lr=LR, **flags, **LAYOUTS[layout])
+    expected = mt_reference.run(models("qwen3"), near_data, "sampled_reverse_kl", lr=LR, policy=tuple(policy.items()))
+    compare(results, expected)
+    plain = mt_reference.run(models("qwen3"), near_data, "sampled_reverse_kl", lr=LR)
+    assert expected["losses"][1] != pytest.approx(plain["losses"][1], rel=1e-3), "the options change nothing here"
+    if "low" in policy:
+        assert 0 < results[0]["metrics"][0]["clipped_kept"] < 1
+
+
+@pytest.fixture(scope="module")
+def near_data(models):
+    """Rollout data whose old log-probs are near the model's own, so that ratios are on both sides of every clip."""
+    import copy
+
+    import mt_reference
+    import torch
+
+    batch, model, rng = copy.deepcopy(data()), mt_reference.load(models("qwen3")), np.random.default_rng(1)
+    for i in range(len(batch["tokens"])):
+        with torch.no_grad():
+            logp = mt_reference.response_logits(model, batch, i).log_softmax(-1).gather(1, mt_reference.targets(batch, i)[:, None])[:, 0]
+        batch["rollout_log_probs"][i] = (logp.numpy() + 0.4 * rng.standard_normal(len(logp))).astype(np.float32)
+        batch["teacher_log_probs"][i] = (batch["rollout_log_probs"][i] + rng.standard_normal(len(logp))).astype(np.float32)
+    return batch
 
 
 def test_student_support(pool, models, references):
@@ -118,24 +161,34 @@ MOE_LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def moe_reference(references, tmp_path_factory):
-    """The dense run of the model with experts, its weights by their names on disk."""
+    """The dense run of the model with experts: run, weights and first gradient by their names on disk."""
+    import torch
+
     from slime.backends.megatron_utils.hf_files import HFReader
 
     run = references("qwen3_moe", False, "topk_reverse_kl", lr=LR)
-    folder = tmp_path_factory.mktemp("moe")
-    run["model"].save_pretrained(folder)
-    reader = HFReader(folder)
-    return run, {name: reader.get(name).numpy() for name in reader.names()}
+    model, on_disk = run["model"], {}
+    for what, values in (("gradients", run["gradients"]), ("weights", run["weights"])):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(torch.from_numpy(values[name]))
+        folder = tmp_path_factory.mktemp(what)
+        model.save_pretrained(folder)
+        reader = HFReader(folder)
+        on_disk[what] = {name: reader.get(name).numpy() for name in reader.names()}
+    return run, on_disk["weights"], on_disk["gradients"]
 
 
-@pytest.mark.parametrize("layout", ["ep2", *(pytest.param(x, marks=pytest.mark.slow) for x in MOE_LAYOUTS if x != "ep2")])
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=() if x in ("one", "ep2") else pytest.mark.slow) for x in MOE_LAYOUTS])
 def test_experts(pool, models, moe_reference, layout):
-    reference, final = moe_reference
-    results = pool.run(
-        "train", model=models("qwen3_moe"), data=data(), opd_loss_type="topk_reverse_kl", lr=LR, grads=False,
-        **MOE_LAYOUTS[layout],
-    )  # fmt: skip
+    reference, final, gradients = moe_reference
+    results = pool.run("train", model=models("qwen3_moe"), data=data(), opd_loss_type="topk_reverse_kl", lr=LR, **MOE_LAYOUTS[layout])
     compare(results, reference, names=False)
+    assert ("gradients" in results[0]) != ("use_distributed_optimizer" in MOE_LAYOUTS[layout])
+    for name, found in results[0].get("gradients", {}).items():
+        expected = gradients[name]
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert error <= GRAD_TOLERANCE, f"gradient of {name}: {error:.1e}"
     assert set(results[0]["weights"]) == set(final)
     for name, expected in final.items():
         np.testing.assert_allclose(results[0]["weights"][name], expected, atol=WEIGHT_TOLERANCE, rtol=0, err_msg=name)

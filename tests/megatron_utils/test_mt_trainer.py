@@ -159,6 +159,35 @@ def test_task_rewards_become_advantages(pool, models):
         np.testing.assert_allclose(results[0]["weights"][name], weight, atol=1e-6, rtol=0)
 
 
+def test_reinforce_plus_plus(pool, models):
+    """Rewards at the last token, discounted backwards and whitened over the valid tokens of all ranks; the dense reference
+    gets advantages that are written out here."""
+    import mt_reference
+
+    batch = copy.deepcopy(data())
+    batch["rewards"] = [1.0, 0.0, 0.0, 1.0, 1.0, 0.5]
+    results = pool.run(
+        "train", 2, model=models("qwen3"), data=batch, opd_loss_type="sampled_reverse_kl", advantage_estimator="reinforce_plus_plus",
+        gamma=0.9, lr=3e-4, steps=1,
+    )  # fmt: skip
+    returns = []
+    for reward, length in zip(batch["rewards"], batch["response_lengths"], strict=True):
+        value, back = 0.0, []
+        for position in reversed(range(length)):
+            value = (reward if position == length - 1 else 0.0) + 0.9 * value
+            back.append(value)
+        returns.append(np.array(back[::-1]))
+    valid = np.concatenate([r[m > 0] for r, m in zip(returns, batch["loss_masks"], strict=True)])
+    reference = copy.deepcopy(batch)
+    reference["advantages"] = [
+        ((r - valid.mean()) / (valid.std() + 1e-6) * (m > 0)).astype(np.float32) for r, m in zip(returns, batch["loss_masks"], strict=True)
+    ]
+    expected = mt_reference.run(models("qwen3"), reference, "sampled_reverse_kl", steps=1, lr=3e-4)
+    assert results[0]["metrics"][0]["loss"] == pytest.approx(expected["losses"][0], rel=1e-5)
+    for name, weight in expected["weights"].items():
+        np.testing.assert_allclose(results[0]["weights"][name], weight, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2_sp", marks=pytest.mark.slow), pytest.param("pp2", marks=pytest.mark.slow)])
 def test_nan_loss_is_not_applied(pool, models, tmp_path, layout):
     batch = copy.deepcopy(data())

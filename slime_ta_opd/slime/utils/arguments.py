@@ -25,6 +25,7 @@ ACCEPTED_ONLY = {
     "--use-rotary-position-embeddings": 0, "--no-rope-scaling": 0, "--normalization": 1, "--norm-epsilon": 1,
     "--position-embedding-type": 1, "--untie-embeddings-and-output-weights": 0, "--sglang-enable-metrics": 0,
     "--use-dynamic-batch-size": 0, "--custom-rm-path": 1, "--custom-reward-post-process-path": 1,
+    "--use-rollout-logprobs": 0,  # always so: old log-probs are those of the engine that sampled
 }  # fmt: skip
 # Shape flags of MODEL_ARGS: the shape comes from the HF config; a value that disagrees with it is refused.
 SHAPE_FLAGS = {
@@ -68,6 +69,8 @@ def _run(parser):
     g.add_argument("--seed", type=int, default=1234, help="seed of the trainer")
     g.add_argument("--debug-rollout-only", action="store_true", help="sample, score and select, but do not train")
     g.add_argument("--save-debug-rollout-data", help="write every rollout to this parquet path, {rollout_id} filled in")
+    g.add_argument("--max-restarts", type=int, default=0,
+                   help="times that the run starts over from its newest checkpoint after a process of it died (see --save-interval)")  # fmt: skip
     g.add_argument("--trust-remote-code", action="store_true", help="let model directories run their own code")
 
 
@@ -232,7 +235,6 @@ def _loss(parser):
     g.add_argument("--advantage-estimator", choices=("grpo", "reinforce_plus_plus"), default="grpo", help="base advantage")
     g.add_argument("--normalize-advantages", action="store_true", help="whiten advantages over valid tokens")
     g.add_argument("--gamma", type=float, default=1.0, help="discount of reinforce_plus_plus")
-    g.add_argument("--use-rollout-logprobs", action="store_true", help="old log-probs from SGLang instead of the trainer")
     g.add_argument("--eps-clip", type=float, default=0.2, help="lower clip of the importance ratio")
     g.add_argument("--eps-clip-high", type=float, default=0.28, help="upper clip of the importance ratio")
     g.add_argument("--eps-clip-c", type=float, help="dual clip of the ratio for negative advantages; default off")
