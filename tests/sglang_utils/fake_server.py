@@ -47,6 +47,7 @@ class FakeSGLang:
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/health", self._health)
         self.runner = web.AppRunner(app)
         self._loop.run_until_complete(self.runner.setup())
         self.site = web.TCPSite(self.runner, "127.0.0.1", 0)
@@ -66,6 +67,9 @@ class FakeSGLang:
 
     async def _abort(self, request):
         self.aborted.append((await request.json()).get("rid"))
+        return web.Response()
+
+    async def _health(self, request):
         return web.Response()
 
     async def _model_info(self, request):

@@ -47,7 +47,8 @@ class SGLangClient(Controls):
     urls: their addresses. max_concurrency: requests in flight for one replica. timeout: seconds one request may take.
     retries: times a request is sent again after a bad answer. wait_timeout: seconds to go on trying while no replica can be
     reached at all. vocab_size: ids at or beyond it are refused here, since one such id ends a server. weight_version: when
-    set, samples from other weights are refused. name: the word for this model in messages.
+    set, samples from other weights are refused. name: the word for this model in messages. router: address of a router in front
+    of `urls`; requests go through it, and to the servers themselves where it fails. Controls always go to the servers.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class SGLangClient(Controls):
         wait_timeout: float = 30.0,
         vocab_size: int | None = None,
         name: str = "server",
+        router: str | None = None,
     ):
         urls = [urls] if isinstance(urls, str) else list(urls)
         if not urls:
             raise ConfigError(f"{name}: expected at least one server URL, got none")
         self.urls = [base_url(u) for u in urls]
-        self.replicas = Replicas(self.urls)
+        self.router = base_url(router) if router else None
+        self.replicas = Replicas([*([self.router] if self.router else []), *self.urls])
         self.max_concurrency, self.timeout, self.retries = max_concurrency, timeout, retries
         self.api_key = Secret(api_key) if api_key else None
         self.wait_timeout, self.vocab_size, self.name = wait_timeout, vocab_size, name
@@ -78,7 +81,7 @@ class SGLangClient(Controls):
         self._announced = 0.0
 
     @classmethod
-    def for_run(cls, args, urls: Sequence[str], role: str, name: str | None = None) -> SGLangClient:
+    def for_run(cls, args, urls: Sequence[str], role: str, name: str | None = None, router: str | None = None) -> SGLangClient:
         """The client of a run's student or teacher, set up from its flags."""
         student = role == "student"
         return cls(
@@ -90,6 +93,7 @@ class SGLangClient(Controls):
             wait_timeout=20.0 if student else args.teacher_timeout,
             vocab_size=(getattr(args, "student_config", None) or {}).get("vocab_size"),
             name=name or role,
+            router=router,
         )
 
     @property
@@ -190,7 +194,7 @@ class SGLangClient(Controls):
         async with self._ensure_gate():
             away, bad_answers, last, problem = None, 0, None, "no replica is reachable"
             while True:
-                replica = self.replicas.pick(avoid=last, prefer=prefer)
+                replica = self.replicas.pick(avoid=last, prefer=prefer or self.router)
                 if replica is None:
                     if all(r.stale for r in self.replicas.all):
                         raise StaleWeights(f"{self.name}: every replica serves former weights; sync them first ({problem})")
@@ -235,7 +239,8 @@ class SGLangClient(Controls):
                     raw = await reply.read()
             except (TimeoutError, asyncio.CancelledError):
                 if single:  # nobody waits for it any more: free the server's slot
-                    self._abort_later(replica.url, rid)
+                    for url in self.urls if replica.url == self.router else [replica.url]:
+                        self._abort_later(url, rid)
                 raise
         finally:
             replica.in_flight -= 1
@@ -336,13 +341,13 @@ class Clients:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def connect(cls, args, student_urls: Sequence[str], teachers: dict[str, Sequence[str]]) -> Clients:
-        """Clients for the given addresses, set up from the run's flags; nothing is sent yet."""
+    def connect(cls, args, student_urls: Sequence[str], teachers: dict[str, Sequence[str]], router: str | None = None) -> Clients:
+        """Clients for the given addresses, set up from the run's flags; nothing is sent yet. router: in front of the student's."""
         found = {
             name: SGLangClient.for_run(args, urls, "teacher", "teacher" if name == "default" else f"teacher {name}")
             for name, urls in teachers.items()
         }
-        return cls(SGLangClient.for_run(args, student_urls, "student"), found)
+        return cls(SGLangClient.for_run(args, student_urls, "student", router=router), found)
 
     def teacher_of(self, metadata: dict[str, Any]) -> SGLangClient:
         """The teacher that a sample's metadata names; the only one where there is one. DataError for an unknown name."""
