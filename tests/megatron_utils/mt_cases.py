@@ -202,6 +202,11 @@ def save_many(rank, ranks, port, model, rollouts, **changes) -> None:
         trainer.save(rollout, EXTRA)
 
 
+def load_then_save(rank, ranks, port, model, data, **changes) -> None:
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    trainer.save(5, EXTRA)
+
+
 def load_error(rank, ranks, port, model, data, **changes) -> tuple[str, str] | None:
     """(name, text) of the error that building and loading raises, or None."""
     try:

@@ -98,10 +98,31 @@ def test_another_teacher_or_tokenizer_is_refused(pool, models, tmp_path):
     assert pool.run("load_error", 1, **again, teachers={"default": str(teacher)}) == [None]
     (error,) = pool.run("load_error", 1, **again, teachers={"default": str(other)})
     assert error[0] == "ConfigError" and "another teacher:default" in error[1] and "--allow-teacher-change" in error[1]
-    assert pool.run("load_error", 1, **again, teachers={"default": str(other)}, allow_teacher_change=True) == [None]
+    forced = dict(**again, teachers={"default": str(other)}, allow_teacher_change=True, output_dir=str(tmp_path / "out"))
+    pool.run("load_then_save", 1, **forced)
+    (line,) = (tmp_path / "out" / "identity_changes.jsonl").read_text().splitlines()
+    recorded = json.loads(line)
+    assert recorded["from_rollout"] == 2 and list(recorded["changed"]) == ["teacher:default"]
+    assert len(set(recorded["changed"]["teacher:default"])) == 2
+    held = checkpoint_common(run)["ta_opd"]
+    assert held["identity_changes"] == [recorded] and held["rollout_id"] == 5
+    assert pool.run("load_error", 1, **again, teachers={"default": str(other)}) == [None], "the forced teacher is the run's own now"
+    pool.run("save_then_step", 1, **common, teachers={"default": str(teacher)})
     moved = tmp_path / "moved"
     shutil.copytree(teacher, moved)
     assert pool.run("load_error", 1, **again, teachers={"default": str(moved)}) == [None]
+    student = tmp_path / "student"
+    shutil.copytree(models("qwen3"), student)
+    (student / "tokenizer.json").write_text('{"model": "another"}')
+    (error,) = pool.run("load_error", 1, **{**again, "model": student}, teachers={"default": str(teacher)})
+    assert error[0] == "ConfigError" and "another tokenizer" in error[1]
+    assert pool.run("load_error", 1, **{**again, "model": student}, teachers={"default": str(teacher)}, allow_teacher_change=True) == [None]
+
+
+def checkpoint_common(run) -> dict:
+    from slime.backends.megatron_utils import checkpoint
+
+    return checkpoint.read_common(checkpoint.require(str(run)))
 
 
 def test_wrong_model_and_broken_tracker(pool, models, tmp_path):

@@ -10,6 +10,7 @@ import argparse
 import io
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,10 @@ def save(
     identity: dict[str, str],
     extra: dict[str, Any],
     keep: int | None = None,
+    identity_changes: Sequence[dict] = (),
 ) -> Path:
     """Writes the checkpoint of `rollout_id` (collective). extra: plain values, tensors or numpy-free containers.
+    identity_changes: every forced change of teacher or tokenizer so far (identity.forced_change).
 
     Raises DataError on every rank where `extra` holds something that cannot be read back safely.
     """
@@ -97,6 +100,7 @@ def save(
             "optimizer": optimizer is not None,
             "layout": layout(),
             "identity": identity,
+            "identity_changes": list(identity_changes),
             "args": _plain(vars(args)),
         },
         "extra": extra,

@@ -39,10 +39,16 @@ def check_identity(saved: dict[str, str], current: dict[str, str], *, allow: boo
     changed += [n for n in current if n.startswith("teacher:") and n not in saved and any(s.startswith("teacher:") for s in saved)]
     if changed and not allow:
         raise ConfigError(
-            f"{where}: the checkpoint was trained with another {', '.join(_change(n, saved, current) for n in changed)}; expected the same on resume. "
-            "Give the old one back, or pass --allow-teacher-change to go on and have the change recorded"
+            f"{where}: the checkpoint was trained with another {', '.join(_change(n, saved, current) for n in changed)}; "
+            "expected the same on resume. Give the old one back, or pass --allow-teacher-change to go on and have the change recorded"
         )
     return changed
+
+
+def forced_change(rollout_id: int, changed: list[str], saved: dict[str, str], current: dict[str, str]) -> dict:
+    """What --allow-teacher-change let through, as it is kept in checkpoints and identity_changes.jsonl: from which rollout on,
+    and for each changed name the identity before and after (None: there was none)."""
+    return {"from_rollout": rollout_id, "changed": {name: [saved.get(name), current.get(name)] for name in changed}}
 
 
 def _change(name: str, saved: dict[str, str], current: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from slime.backends.megatron_utils import advantages, checkpoint, cpu_runtime, distributed, exact, hf_config, weights
 from slime.backends.megatron_utils.hf_files import HFWriter
-from slime.backends.megatron_utils.identity import check_identity, run_identity
+from slime.backends.megatron_utils.identity import check_identity, forced_change, run_identity
 from slime.backends.megatron_utils.losses.registry import get_loss
 from slime.backends.megatron_utils.model import build_model, unwrap, wrap_for_training
 from slime.backends.megatron_utils.optimizer import Optimizer, is_finite
@@ -64,6 +65,7 @@ class MegatronTrainer:
         self.address = (master_addr, master_port)
         self.device = cpu_runtime.device(local_rank)
         self._extra: dict[str, Any] | None = None
+        self._identity_changes: list[dict] = []
 
     def _check_layout(self, shape: hf_config.ModelShape, world_size: int) -> None:
         s = self.settings
@@ -124,12 +126,7 @@ class MegatronTrainer:
 
     def _resume(self, found: checkpoint.Found) -> int:
         common = checkpoint.read_common(found)
-        self.changed = check_identity(
-            common.get("ta_opd", {}).get("identity", {}),
-            run_identity(self.args),
-            allow=self.settings.allow_teacher_change,
-            where=str(found.path),
-        )
+        self._check_identity(found, common.get("ta_opd", {}))
         resuming = found.rollout_id >= 0 and "ta_opd" in common
         optimizer = self.optimizer if resuming and not self.settings.no_load_optim else None
         checkpoint.load(found, self.model, optimizer)
@@ -138,6 +135,20 @@ class MegatronTrainer:
         if resuming:
             self._extra = common.get("extra")
         return found.rollout_id + 1 if resuming else 0
+
+    def _check_identity(self, found: checkpoint.Found, held: dict) -> None:
+        """Refuses another teacher or tokenizer than the checkpoint's; a forced change is kept in every checkpoint from now on
+        and appended to <output-dir>/identity_changes.jsonl."""
+        saved, current = held.get("identity", {}), run_identity(self.args)
+        changed = check_identity(saved, current, allow=self.settings.allow_teacher_change, where=str(found.path))
+        self._identity_changes = list(held.get("identity_changes", []))
+        if changed:
+            self._identity_changes.append(forced_change(found.rollout_id + 1, changed, saved, current))
+            if dist.get_rank() == 0:
+                root = Path(self.settings.output_dir or self.settings.save or ".")
+                root.mkdir(parents=True, exist_ok=True)
+                with open(root / "identity_changes.jsonl", "a") as file:
+                    file.write(json.dumps(self._identity_changes[-1]) + "\n")
 
     def _log_valid(self) -> bool:
         choice = self.settings.opd_log_valid_kl
@@ -298,6 +309,7 @@ class MegatronTrainer:
             None if self.settings.no_save_optim else self.optimizer,
             args=self.args,
             identity=run_identity(self.args),
+            identity_changes=self._identity_changes,
             extra=extra,
             keep=self.settings.keep_checkpoints,
         )
