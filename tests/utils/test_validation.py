@@ -1,5 +1,6 @@
 """Bad input: one clear error each, before anything heavy starts, and nothing is written."""
 
+import importlib.util
 import json
 import socket
 import subprocess
@@ -97,6 +98,24 @@ def test_tokenizers_that_differ_are_refused_by_the_first_difference(task, tmp_pa
     file.write_text(json.dumps(content))
     with pytest.raises(TaOpdError, match="tokenizers differ.*first difference '0'"):
         validate(parse_args(flags(task, "--teacher-model", str(other))))
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--sglang-router-ip", "10.0.0.1"], "expected --sglang-router-port beside it"),
+    (["--sglang-router-port", "3000"], "--sglang-router-port: expected --use-sglang-router"),
+    (["--use-sglang-router", "--sglang-router-ip", "10.0.0.1", "--sglang-router-port", "3000"], "expected one of them"),
+])  # fmt: skip
+def test_a_router_is_started_or_there(task, more, message):
+    with pytest.raises(TaOpdError, match=message):
+        validate(parse_args(flags(task, *more)))
+
+
+def test_a_router_without_its_package(task, monkeypatch):
+    find = importlib.util.find_spec
+    assert validate(parse_args(flags(task, "--use-sglang-router"))).sglang_router_policy == "cache_aware"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "sglang_router" else find(name, *rest))
+    with pytest.raises(TaOpdError, match="sglang-router is not installed"):
+        validate(parse_args(flags(task, "--use-sglang-router")))
 
 
 def test_asynchronous_training_needs_engines_of_its_own(task):

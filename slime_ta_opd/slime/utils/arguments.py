@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from slime.backends.megatron_utils.losses.reduction import REDUCTIONS
 from slime.backends.megatron_utils.losses.registry import LOSS_TYPES
+from slime.backends.sglang_utils.router import POLICIES as ROUTER_POLICIES
 from slime.utils import config_file
 from ta_opd.selection import MASK_CHOICES
 
@@ -146,6 +147,10 @@ def _sglang(parser):
     g.add_argument("--sglang-passthrough", nargs="*", default=[], help=argparse.SUPPRESS)  # filled by parse, kept in config.yaml
     g.add_argument("--sglang-host", default="127.0.0.1", help="address that servers bind to")
     g.add_argument("--sglang-api-key", help="key of the servers; made up when they bind to another address than loopback")
+    g.add_argument("--use-sglang-router", action="store_true", help="start sglang-router in front of several student engines")
+    g.add_argument("--sglang-router-ip", help="address of a running router for the student's requests; engines are added to it")
+    g.add_argument("--sglang-router-port", type=int, help="its port; alone: port of the router that is started, default a free one")
+    g.add_argument("--sglang-router-policy", choices=ROUTER_POLICIES, default="cache_aware", help="how that router chooses an engine")
     g.add_argument("--server-start-timeout", type=float, default=900, help="seconds a server may take to start")
     g.add_argument("--weight-sync", choices=("auto", "ipc", "distributed", "disk"), default="auto",
                    help="how weights reach the engines; auto: ipc when colocated, else distributed")  # fmt: skip
@@ -284,6 +289,7 @@ def _eval(parser):
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval-interval", type=int, help="rollouts between evaluations; also at start and end")
     g.add_argument("--eval-prompt-data", nargs="+", metavar="NAME FILE", help="pairs of data set name and prompt file")
+    g.add_argument("--eval-config", help="YAML file of data sets with sampling parameters and an answer check of their own")
     g.add_argument("--eval-input-key", help="default --input-key")
     g.add_argument("--eval-label-key", help="default --label-key")
     g.add_argument("--n-samples-per-eval-prompt", type=int, default=1, help="answers a prompt")

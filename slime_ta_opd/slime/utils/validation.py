@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import json
 import secrets
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from slime.backends.sglang_utils.server import check_port, is_loopback
 from slime.observability.trackers import check_wandb
 from slime.rollout.data_source import PromptDataSource
+from slime.rollout.eval_sets import args_of, read_eval_sets
 from slime.utils.arguments import SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
 from ta_opd.errors import ConfigError, DataError
@@ -36,6 +38,7 @@ def validate(args: argparse.Namespace) -> argparse.Namespace:
     _selection(args)
     _teacher(args)
     _layout(args)
+    _router(args)
     _checkpoints(args)
     _prompts(args)
     if args.use_wandb:
@@ -243,6 +246,20 @@ def _layout(args):
         )
 
 
+def _router(args):
+    if args.sglang_router_ip and not args.sglang_router_port:
+        raise ConfigError(f"--sglang-router-ip {args.sglang_router_ip}: expected --sglang-router-port beside it, got none")
+    if args.use_sglang_router and args.sglang_router_ip:
+        raise ConfigError("--use-sglang-router and --sglang-router-ip: the first starts a router, the second uses one; expected one of them")
+    if args.sglang_router_port and not (args.use_sglang_router or args.sglang_router_ip):
+        raise ConfigError("--sglang-router-port: expected --use-sglang-router (to start one) or --sglang-router-ip (to use one) beside it")
+    if args.use_sglang_router:
+        if importlib.util.find_spec("sglang_router") is None:
+            raise ConfigError("--use-sglang-router: the package sglang-router is not installed; pip install sglang-router==0.3.2, or drop the flag")
+        if args.sglang_router_port:
+            check_port("127.0.0.1", args.sglang_router_port)
+
+
 def _checkpoints(args):
     for flag, value in (("--save-interval", args.save_interval), ("--eval-interval", args.eval_interval)):
         if value is not None and value < 1:
@@ -256,16 +273,13 @@ def _checkpoints(args):
 
 
 def _prompts(args):
-    pairs = args.eval_prompt_data or []
-    if len(pairs) % 2:
-        raise ConfigError(f"--eval-prompt-data: expected pairs of NAME FILE, got {len(pairs)} words: {' '.join(pairs)}")
-    args.eval_datasets = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    args.eval_datasets, args.eval_settings = read_eval_sets(args)
     if args.eval_interval and not args.eval_datasets:
-        raise ConfigError("--eval-interval: expected --eval-prompt-data NAME FILE beside it, got none")
+        raise ConfigError("--eval-interval: expected --eval-prompt-data NAME FILE (or --eval-config) beside it, got none")
     if not args.prompt_data:
         raise ConfigError("--prompt-data: expected a JSONL or parquet file, got nothing")
     tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
     source = PromptDataSource(args, tokenizer)  # reads and checks every prompt
     args.num_prompts = len(source)
-    for file in args.eval_datasets.values():
-        PromptDataSource(args, tokenizer, path=file, evaluation=True)
+    for name, file in args.eval_datasets.items():
+        PromptDataSource(args_of(args, name), tokenizer, path=file, evaluation=True)
