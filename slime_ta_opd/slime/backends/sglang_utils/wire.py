@@ -19,7 +19,10 @@ from ta_opd.topk import TopK, gathered_logprobs, sampled_logprobs
 
 @dataclass
 class GenerateReply:
-    """log_probs: float32 [L] of the sampled ids, at the sampling temperature. topk: student's top-K at every position."""
+    """log_probs: float32 [L] of the sampled ids, at the sampling temperature. topk: student's top-K at every position.
+
+    cached_tokens: ids of the prompt whose keys and values the server had already.
+    """
 
     output_ids: list[int]
     log_probs: np.ndarray
@@ -30,6 +33,7 @@ class GenerateReply:
     reply_bytes: int
     parse_seconds: float = 0.0
     url: str = ""
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -128,8 +132,9 @@ def parse_generate(raw: bytes, top_k: int = 0, log_probs: bool = True) -> Genera
         if not np.isfinite(values).all():
             raise DataError(f"generate: {int((~np.isfinite(values)).sum())} of {len(ids)} log-probs are not finite")
     return GenerateReply(
-        ids, values, topk, _finish(meta), str(meta.get("weight_version", "")), reply.get("text") or "", len(raw)
-    )
+        ids, values, topk, _finish(meta), str(meta.get("weight_version", "")), reply.get("text") or "", len(raw),
+        cached_tokens=int(meta.get("cached_tokens") or 0),
+    )  # fmt: skip
 
 
 def _count_ids(raw: bytes) -> int:
