@@ -30,6 +30,7 @@ class FakeSGLang:
         self.faults: list[str] = []
         self.requests: list[dict] = []
         self.aborted: list[str] = []
+        self.connections: set[int] = set()  # ports of those who asked
         self.flat, self.version, self.api_key, self.context = flat, version, api_key, context
         self.in_flight = self.most_in_flight = 0
         self.delay, self._closing = 0.0, False
@@ -81,6 +82,7 @@ class FakeSGLang:
     async def _generate(self, request):
         body = await request.json()
         self.requests.append(body)
+        self.connections.add(request.transport.get_extra_info("peername")[1])
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:

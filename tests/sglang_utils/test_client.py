@@ -177,6 +177,19 @@ def test_concurrency_is_bounded(fake):
     client.close()
 
 
+def test_connections_are_kept_and_used_again(fake):
+    server = fake()
+    client = connect(server, max_concurrency=4)
+
+    async def many():
+        for _ in range(5):
+            await asyncio.gather(*(client.score(IDS, 2) for _ in range(8)))
+
+    loop.run(many())
+    assert len(server.requests) == 40 and len(server.connections) <= 4
+    client.close()
+
+
 def test_load_is_spread(fake):
     servers = [fake(), fake()]
     for server in servers:

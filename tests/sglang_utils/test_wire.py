@@ -1,5 +1,7 @@
 """Replies as bytes become arrays, or a DataError that says what is wrong."""
 
+import base64
+
 import numpy as np
 import orjson
 import pytest
@@ -53,8 +55,6 @@ def scored(flat, damage=None):
     meta = {"finish_reason": {"type": "length"}, "weight_version": "3",
             "input_token_logprobs": [[None, 4, None], [-0.1, 5, None], [-1.0, 8, None], [-0.2, 9, None]]}  # fmt: skip
     if flat:
-        import base64
-
         meta |= {
             "input_top_logprobs_val_flat_b64": base64.b64encode(values.tobytes()).decode(),
             "input_top_logprobs_idx_flat_b64": base64.b64encode(ids.tobytes()).decode(),
@@ -73,6 +73,37 @@ def test_both_forms_of_the_teachers_reply_are_equal():
     np.testing.assert_array_equal(packed.topk.ids, nested.topk.ids)
     np.testing.assert_array_equal(packed.topk.logprobs, nested.topk.logprobs)
     np.testing.assert_array_equal(packed.log_probs, np.float32([-1.0, -0.2]))
+
+
+def held(array) -> int:
+    """Bytes that stay in memory for `array`: those of the buffer at the end of its chain of views."""
+    while getattr(array, "base", None) is not None:
+        array = array.base
+    return array.nbytes if isinstance(array, np.ndarray | memoryview) else len(array)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_what_stays_of_a_reply_is_its_arrays(flat):
+    n, k = 500, 16
+    top = [[[-0.5 - i - j / 100, 1000 * j + i, None] for i in range(k)] for j in range(n)]
+    meta = {"finish_reason": {"type": "length"}, "input_token_logprobs": [[None, 1, None], *([-0.25, 5, None] for _ in range(n))]}
+    if flat:
+        rows = np.array([[[v, i] for v, i, _ in row] for row in top])
+        meta |= {
+            "input_top_logprobs_val_flat_b64": base64.b64encode(rows[..., 0].astype(np.float32).tobytes()).decode(),
+            "input_top_logprobs_idx_flat_b64": base64.b64encode(rows[..., 1].astype(np.int32).tobytes()).decode(),
+            "input_top_logprobs_shape": [n, k],
+        }
+    else:
+        meta["input_top_logprobs"] = [None, *top]
+    score = wire.parse_score(orjson.dumps({"meta_info": meta}), n, k)
+    arrays = [score.log_probs, score.topk.ids, score.topk.logprobs]
+    reply = {"output_ids": list(range(n)), "meta_info": {**generated()["meta_info"], "output_top_logprobs": top,
+             "output_token_logprobs": [[-0.25, i, None] for i in range(n)]}}  # fmt: skip
+    sampled = wire.parse_generate(orjson.dumps(reply), k)
+    arrays += [sampled.log_probs, sampled.topk.ids, sampled.topk.logprobs]
+    assert [a.dtype.itemsize for a in arrays] == [4] * 6
+    assert sum(map(held, arrays)) <= 1.02 * n * (2 * 4 + 4 * 4 * k)  # float32 and int32, and nothing of the text behind them
 
 
 def test_a_narrow_top_k_is_padded():
