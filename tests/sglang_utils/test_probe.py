@@ -44,6 +44,26 @@ def test_every_check_is_made_in_a_context_of_any_size(ask, context):
         assert max(len(r["input_ids"]) for r in teacher) > 20  # a real text where there is room
 
 
+def test_the_second_scoring_is_the_one_that_rollouts_ask_for(ask, monkeypatch):
+    _, _, teacher = ask(80)
+    starts = [r["logprob_start_len"] for r in teacher]
+    assert starts[0] == 0 and starts[1] > 20 and teacher[0]["input_ids"] == teacher[1]["input_ids"]
+    from tests.sglang_utils import fake_server
+
+    right = fake_server.FakeSGLang.reply
+
+    def wrong_from_the_middle(self, body):
+        reply = right(self, body)
+        if body.get("logprob_start_len", -1) > 20:
+            for entry in reply["meta_info"]["input_token_logprobs"][1:]:
+                entry[0] -= 0.5
+        return reply
+
+    monkeypatch.setattr(fake_server.FakeSGLang, "reply", wrong_from_the_middle)
+    checks, _, _ = ask(80)
+    assert "teacher: determinism" in {c.name for c in checks if c.failed}
+
+
 def test_a_context_that_is_too_short_is_said(ask, fake, monkeypatch):
     checks, _, _ = ask(96)
     assert next(c for c in checks if c.name == "teacher: context length").found == "server 97, run 96"
