@@ -87,6 +87,7 @@ class Router:
         if self.process is not None and not self.process.alive():
             self.added = []
             self.process.start().wait_ready(_START_SECONDS)
+            self.process.wanted_port = self.process.port  # the same address after a restart
         self._workers()
         return self
 
