@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,31 @@ def math_hard(summary: pd.DataFrame) -> pd.DataFrame:
         overall = means.get(group, np.mean(list(subjects.values())) if subjects else math.nan)
         rows.append({"model": model, "overall": overall, "metric": part["metric"].iloc[0], **subjects})
     return pd.DataFrame(rows)
+
+
+def math_hard_from_files(root: Path) -> pd.DataFrame:
+    """The released table from every results_*.json below `root` that holds leaderboard_math_hard: model, overall, metric, one column a
+    subject, mtime, json. The model is the first folder below `root` (as evaluate_downstream.py writes it), else the name in the file; of
+    several files of one model the newest counts. Raises DataError when there is none.
+    """
+    group, rows = "leaderboard_math_hard", {}
+    for path in sorted(root.rglob("results_*.json"), key=lambda p: p.stat().st_mtime):
+        content = json.loads(path.read_text())
+        results = {**content.get("groups", {}), **content.get("results", {})}
+        subjects = {n: v for n, v in results.items() if re.fullmatch(r"leaderboard_math_\w+_hard", n)}
+        if not subjects:
+            continue
+        found = {n.removeprefix("leaderboard_math_").removesuffix("_hard"): headline(n, v) for n, v in subjects.items()}
+        own = results.get(group, {})
+        overall = own.get("exact_match,none", np.mean([value for _, value, _ in found.values()]))
+        parts = path.relative_to(root).parts
+        model = parts[0] if len(parts) > 2 else content.get("model_name") or parts[0]
+        rows[model] = {"model": model, "overall": overall, "metric": next(iter(found.values()))[0], **{n: value for n, (_, value, _) in found.items()},
+                       "mtime": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(path.stat().st_mtime)), "json": str(path)}  # fmt: skip
+    if not rows:
+        raise DataError(f"{root}: expected results_*.json files with {group} below it, found none")
+    table = pd.DataFrame(rows.values())
+    return table[[*(c for c in table if c not in ("mtime", "json")), "mtime", "json"]]
 
 
 def _percent(value: float, error: float) -> str:
