@@ -140,7 +140,8 @@ def _rollout(parser):
 
 def _sglang(parser):
     g = parser.add_argument_group("sglang", "any flag of sglang.launch_server is passed on as --sglang-<flag> VALUE")
-    g.add_argument("--sglang-mem-fraction-static", type=float, help="memory fraction of a student engine")
+    g.add_argument("--sglang-mem-fraction-static", type=float,
+                   help="share of the GPU memory that is free when a student engine starts: its weights and KV cache")
     g.add_argument("--sglang-cuda-graph-max-bs", type=int, help="largest batch with a CUDA graph, student")
     g.add_argument("--sglang-server-concurrency", type=int, default=256, help="requests in flight for one engine")
     g.add_argument("--sglang-dtype", help="dtype of the engines; default bfloat16 on GPU, float32 on CPU")
@@ -171,7 +172,8 @@ def _teacher(parser):
     g.add_argument("--opd-teacher-ckpt-step", type=int, help="iteration of --opd-teacher-load")
     g.add_argument("--teacher-port", type=int, help="port of the (first) teacher server; default: a free one")
     g.add_argument("--teacher-nccl-port", type=int, help="NCCL port of the (first) teacher server; default: a free one")
-    g.add_argument("--teacher-mem-fraction-static", type=float, help="memory fraction of a teacher server")
+    g.add_argument("--teacher-mem-fraction-static", type=float,
+                   help="share of the GPU memory that is free when a teacher starts: its weights and KV cache")
     g.add_argument("--teacher-cuda-graph-max-bs", type=int, help="largest batch with a CUDA graph, teacher")
     g.add_argument("--teacher-concurrency", type=int, default=64, help="scoring requests in flight for one teacher")
     g.add_argument("--teacher-timeout", type=float, default=600, help="seconds to wait for a teacher that is away")
