@@ -181,7 +181,7 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
         axes[0].set(title="Kept tokens of each rollout", xlabel="rollout", ylabel="tokens")
         axes[0].set_ylim(0, 1.15 * valid_mean)
         axes[0].axhline(valid_mean, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes[0].text(0, valid_mean, " valid tokens (mean)", va="bottom", fontsize=8.5, color=SOFT)
+        axes[0].annotate("valid tokens (mean)", (0, valid_mean), xytext=(3, -7), textcoords="offset points", va="top", fontsize=8.5, color=SOFT)
         y = np.arange(len(labels))[::-1]
         axes[1].barh(y, shares, color=colors, height=0.55)
         for place, share, wanted in zip(y, shares, asked, strict=True):

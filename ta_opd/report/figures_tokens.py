@@ -39,8 +39,9 @@ def plane(samples: Samples, styles: Styles) -> Picture | None:
     shown = selecting[:5]
     first = next((k for k in usable if k.mask == "full"), next(iter(usable)))
     with drawing() as plt:
-        columns = min(3, 1 + len(shown))
-        rows = -(-(1 + len(shown)) // columns)
+        panels = 1 + len(shown)
+        columns = 2 if panels == 4 else min(3, panels)
+        rows = -(-panels // columns)
         figure, axes = plt.subplots(rows, columns, figsize=(10.6, 3.35 * rows), sharex=True, sharey=True, squeeze=False)
         table = usable[first].table
         image = _plane_panel(axes.flat[0], table[valid_rows(table)], f"All valid tokens ({styles[first].label} run)")
@@ -48,10 +49,11 @@ def plane(samples: Samples, styles: Styles) -> Picture | None:
             table = usable[key].table
             kept = kept_rows(table)
             _plane_panel(ax, table[kept], f"Kept: {styles[key].label}", all_valid=table[valid_rows(table)])
-        for ax in list(axes.flat)[1 + len(shown) :]:
+        for ax in list(axes.flat)[panels:]:
             ax.axis("off")
-        for ax in axes[-1]:
+        for ax in list(axes.flat)[max(0, panels - columns) : panels]:  # the lowest panel of every column
             ax.set_xlabel("student entropy, H (normalised)")
+            ax.tick_params(labelbottom=True)
         for ax in axes[:, 0]:
             ax.set_ylabel("divergence, D (normalised)")
         bar = figure.colorbar(image, ax=axes, shrink=0.72, pad=0.015, aspect=28)

@@ -5,57 +5,39 @@ are run with TA_OPD_WHOLE_SUITE=1 (the harness also needs the packages of requir
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from types import SimpleNamespace
 
 import pandas as pd
 import psutil
 import pytest
 
 from tests.e2e.conftest import ROOT
+from tests.e2e.launching import call, launch_place, lines, whole
 
 pytestmark = pytest.mark.e2e
-whole = pytest.mark.skipif(os.environ.get("TA_OPD_WHOLE_SUITE") != "1", reason="takes many minutes; TA_OPD_WHOLE_SUITE=1 runs it")
-SUITE = ROOT / "slime_ta_opd/run_teachability_opd_method_suite_20260515.sh"
+SUITE = "slime_ta_opd/run_teachability_opd_method_suite_20260515.sh"
 METHODS = "pure_opd:1.0:10 teachability:0.10:20 entropy:0.10:30 teachability_entropy:0.10:40 tip:0.10:50"
-SMALL = {
-    "LABEL_KEY": "label", "APPLY_CHAT_TEMPLATE": "0", "ROLLOUT_BATCH_SIZE": "4", "N_SAMPLES_PER_PROMPT": "2", "GLOBAL_BATCH_SIZE": "8",
-    "ROLLOUT_MAX_RESPONSE_LEN": "16", "ROLLOUT_MAX_CONTEXT_LEN": "96", "OPD_TOPK_METRICS_K": "8", "OPD_LOSS_TYPE": "topk_reverse_kl", "LR": "1e-3",
-    "RECOMPUTE_GRANULARITY": "", "RECOMPUTE_METHOD": "", "RECOMPUTE_NUM_LAYERS": "", "DEVICE": "cpu", "ACTOR_NUM_GPUS_PER_NODE": "1",
-}  # fmt: skip
+DRIVERS = {  # script: (name of its diagnostic, its summary)
+    "run_4b_to_1p7b_heldout_fixed_context_300": ("heldout_4b_to_1p7b_300", "heldout300_summary.md"),
+    "run_8b_to_4b_fixed_context_300": ("8b_to_4b_diag300", "diag300_summary.md"),
+    "run_14b_to_4b_fixed_context_300": ("14b_to_4b_diag300", "diag300_summary.md"),
+    "run_8b_to_1p7b_fixed_context_300": ("8b_to_1p7b_diag300", "diag300_summary.md"),
+    "run_4b_to_1p7b_gsm8k_fixed_context_300": ("gsm8k_4b_to_1p7b_300", "gsm8k300_summary.md"),
+    "run_8b_to_1p7b_short": ("8b_to_1p7b_short", "8b_to_1p7b_short_summary.md"),
+    "run_14b_to_1p7b_fixed_context_300": ("14b_to_1p7b_diag300", "diag300_summary.md"),
+}
+RETOPK = "run_14b_to_1p7b_retopk_8_32"
 
 
 @pytest.fixture
 def place(task, tmp_path):
-    """Variables of a launcher in a clean environment, all output below tmp_path/out."""
-    clean = {name: os.environ[name] for name in ("PATH", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO") if name in os.environ}
-    variables = clean | {
-        "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "STUDENT_HF": str(task.student), "PROMPT_DATA": str(task.train),
-        "OUTPUT_ROOT": str(tmp_path / "out"), "PY": sys.executable, **SMALL,
-    }  # fmt: skip
-    return SimpleNamespace(root=tmp_path, out=tmp_path / "out", variables=variables)
-
-
-def lines(path):
-    """Records of a file that may still be written."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return launch_place(task, tmp_path)
 
 
 def directory_of(place, mask, tag, budget="r0p10"):
     return place.out / f"student_train_budget_k8_{budget}_{mask}_max16_seed1_{tag}"
-
-
-def call(script, variables, seconds):
-    """(output, finished process) of a launcher that must end well."""
-    done = subprocess.run(["bash", script], env=variables, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def kill_in_the_middle(variables, log, run_dir, number, seconds):
@@ -63,7 +45,7 @@ def kill_in_the_middle(variables, log, run_dir, number, seconds):
 
     Returns rollouts in metrics.jsonl of that run."""
     with open(log, "w") as output:
-        suite = subprocess.Popen(["bash", SUITE], env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        suite = subprocess.Popen(["bash", ROOT / SUITE], env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     mine = psutil.Process(suite.pid)
     deadline = time.monotonic() + seconds
     while not (run_dir / "latest_checkpointed_iteration.txt").exists():
@@ -106,3 +88,67 @@ def test_two_methods_killed_in_the_middle_and_called_again(place, servers):
     assert table["reverse_kl_last"].notna().all() and table["train_seconds"].notna().all()
     assert (place.out / "t/suite_summary.html").stat().st_size > 0
     assert len(pd.read_parquet(selected / "token_bank/merged.parquet")) == table["valid_tokens"][1]
+
+
+@whole
+def test_the_readmes_method_suite(place, task):
+    """The README's command from training to summary, servers started by every run; stopped twice on the way, by Ctrl-C and by SIGKILL."""
+    variables = place.variables | {
+        "METHOD_LIST": METHODS, "TAG": "t", "NUM_ROLLOUT": "20", "SAVE_INTERVAL": "2", "TEACHER_MODEL": str(task.teacher),
+        "EVAL_PROMPT_DATA": f"heldout {task.heldout}", "HELDOUT_PROMPT_DATA": str(task.heldout), "CONTEXT_SAMPLES": "12", "CONTEXT_TOKENS": "16",
+        "EVAL_BOOTSTRAP": "100",
+    }  # fmt: skip
+    full, second = directory_of(place, "full", "t", "r1p00"), directory_of(place, "dlearn_high", "t")
+    fourth = directory_of(place, "ca_softor", "t")
+    before_second = kill_in_the_middle(variables, place.root / "first.log", second, signal.SIGINT, 400)
+    finished = (full / "DONE").stat().st_mtime_ns
+    before_fourth = kill_in_the_middle(variables, place.root / "second.log", fourth, signal.SIGKILL, 600)
+    check_rollouts(second, 20, before_second)
+    output = call(SUITE, variables, 900)
+    check_rollouts(fourth, 20, before_fourth)
+    assert (full / "DONE").stat().st_mtime_ns == finished
+    assert [f"{name}: already done" in output for name in ("pure_opd 1 seed1", "teachability 0.1 seed1", "entropy 0.1 seed1")] == [True] * 3
+    table = pd.read_csv(place.out / "t/suite_summary.csv")
+    assert table["method"].tolist() == ["pure_opd", "teachability", "entropy", "teachability_entropy", "tip"]
+    assert set(table["status"]) == {"done"} and set(table["rollouts"]) == {20}
+    assert table["budget_real"][0] == 1.0 and table["budget_real"][1:].between(0.1, 0.25).all()
+    for column in ("reverse_kl_last", "forward_kl_before", "forward_kl_after", "gain", "q3_gap", "accuracy_before", "accuracy_after", "seconds"):
+        assert table[column].notna().all(), column
+    assert table["forward_kl_before"].nunique() == 1 and table["forward_kl_after"].nunique() == 5  # one bank, five trained students
+    for name in ("suite_summary.md", "suite_summary.html", "method_mapping.csv", "plots/gain_by_budget.png"):
+        assert (place.out / "t" / name).stat().st_size > 0
+    assert call(SUITE, variables, 100).count("already done") == 6  # five rows and the baseline
+
+
+@whole
+def test_every_diagnostic_driver_runs_to_its_summary(task, tmp_path):
+    """By its name, then by its dated name, which finds everything done; last the second scoring with other K."""
+    place = launch_place(task, tmp_path)
+    story = place.out / "analysis/scale_context_robustness_20260517"
+    log = tmp_path / "samples_gsm8k.jsonl"
+    log.write_text("".join(
+        json.dumps({"doc_id": i, "arguments": {"gen_args_0": {"arg_0": row["prompt"], "arg_1": {}}}, "target": row["label"]}) + "\n"
+        for i, row in enumerate(lines(task.train))
+    ))  # fmt: skip
+    for script, (name, summary) in DRIVERS.items():
+        source = {"GSM8K_SOURCE_JSONL": str(log)} if "gsm8k" in script else {"SOURCE_DATA": str(task.train)}
+        variables = {k: v for k, v in place.variables.items() if k != "PROMPT_DATA"} | source | {
+            "TEACHER_MODEL": str(task.teacher), "HELDOUT_SAMPLES": "16", "NUM_CONTEXTS": "16", "CONTEXT_TOKENS": "16", "NUM_ROLLOUT": "2",
+            "SAVE_INTERVAL": "2", "BOOTSTRAP": "100", "SCORE_TOPK": "8",
+        }  # fmt: skip
+        call(f"scripts/diagnostics/{script}.sh", variables, 400)
+        directory = story / name
+        assert "Q3" in (directory / summary).read_text() and (directory / "report.html").stat().st_size > 10_000
+        heldout = {r["prompt"] for r in lines(directory / "data/heldout.jsonl")}
+        assert len(heldout) == 16 and not heldout & {r["prompt"] for r in lines(directory / "data/train.jsonl")}
+        bank = pd.read_parquet(directory / "context_bank.parquet")
+        assert len(bank) == 16 and set(bank["prompt"]) <= heldout
+        again = call(f"slime_ta_opd/{script}_20260517.sh", variables, 100)
+        steps = ("train", "export", "score_before", "convert", "score_after", "analyse", "robustness", "recommend", "summary", "report")
+        assert [line.partition(" (")[0] for line in again.splitlines() if ": kept" in line] == [f"{step}: kept" for step in steps], again
+    retopk = {"PATH": place.variables["PATH"], "OUTPUT_ROOT": str(place.out), "TEACHER_MODEL": str(task.teacher), "STUDENT_HF": str(task.student),
+              "CONTEXT_TOKENS": "16", "BOOTSTRAP": "100", "STUDENT_DEVICE": "cpu", "TEACHER_DEVICE": "cpu"}  # fmt: skip
+    call(f"slime_ta_opd/{RETOPK}_20260517.sh", retopk, 300)
+    for k in (8, 32):
+        again = pd.read_parquet(story / f"14b_to_1p7b_diag300_k{k}/eval_latest/fixed_context_metrics.parquet")
+        assert len(again) and (story / f"14b_to_1p7b_diag300_k{k}/analysis/gain/regression_summary.csv").exists()

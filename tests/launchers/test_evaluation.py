@@ -10,6 +10,7 @@ import yaml
 
 from slime.evaluation import harness, heldout, local_tasks, scores
 from ta_opd.errors import ConfigError, DataError
+from tests.launchers.conftest import ROOT
 
 
 def results(path, **tasks):
@@ -109,7 +110,31 @@ def test_harness_command(tmp_path):
     words = " ".join(job[0].command)
     assert "--gen_kwargs max_gen_toks=4096 temperature=0.6 top_p=0.95 do_sample=True --apply_chat_template --num_fewshot 0" in words
     server = harness.jobs(settings(tmp_path, models={"s": "http://h:1/generate"}, tokenizer="/t", chat_template=False))[0]
-    assert "base_url=http://h:1/generate tokenizer=/t" in " ".join(server.command) and "--apply_chat_template" not in server.command
+    assert "--model sglang-generate --model_args base_url=http://h:1/generate tokenizer=/t" in " ".join(server.command)
+    assert "--apply_chat_template" not in server.command and "--gen_kwargs" not in server.command
+
+
+def test_every_seed_reaches_a_server(tmp_path):
+    """The native address takes it with the sampling parameters, an OpenAI-compatible one from the harness's model arguments."""
+    more = {"tokenizer": "/t", "temperature": 0.6, "seeds": (5, 6)}
+    native = harness.jobs(settings(tmp_path, models={"s": "http://h:1"}, **more))
+    assert [j.command[-2] for j in native] == ["sampling_seed=5", "sampling_seed=6"] and native[0].command[-1] == "--apply_chat_template"
+    openai = harness.jobs(settings(tmp_path, models={"s": "http://h:1/v1/"}, **more))
+    words = [" ".join(j.command) for j in openai]
+    assert "--model local-completions --model_args base_url=http://h:1/v1/completions model=default tokenizer_backend=huggingface tokenizer=/t" in words[0]
+    assert "seed=5" in words[0] and "seed=6" in words[1] and "sampling_seed" not in words[0]
+
+
+def test_one_version_of_antlr_serves_both_latex_parsers():
+    """sympy's (the harness's MATH tasks) accepts 4.11 only, math-verify's several; every set installs that one."""
+    import sympy
+    from math_verify import parse, verify
+    from sympy.parsing.latex import parse_latex
+
+    assert parse_latex(r"\frac{1}{2}").doit() == sympy.Rational(1, 2)
+    assert verify(parse(r"$\frac{1}{2}$"), parse("$0.5$"))
+    pins = {f.name: [line for line in f.read_text().splitlines() if line.startswith("antlr4")] for f in (ROOT / "requirements").glob("*.txt")}
+    assert {name: lines for name, lines in pins.items() if lines} == dict.fromkeys(("cpu.txt", "gpu.txt"), ["antlr4-python3-runtime==4.11.0"])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ UNSAFE = re.compile(r"humaneval|mbpp")  # tasks that run code written by the mod
 
 @dataclass(frozen=True)
 class Settings:
-    """What to evaluate and how. `models`: label -> HF directory or http address of a SGLang server."""
+    """What to evaluate and how. `models`: label -> HF directory, http address of a SGLang server, or an OpenAI-compatible http://.../v1."""
 
     models: Mapping[str, str]
     tasks: tuple[str, ...]
@@ -98,9 +98,7 @@ def jobs(settings: Settings) -> list[Job]:
 def _command(settings: Settings, model: str, task: str, seed: int, directory: Path) -> list[str]:
     words = [settings.python, "-m", "lm_eval", "run"]
     if model.startswith("http"):
-        base = model.rstrip("/").removesuffix("/generate")
-        words += ["--model", "sglang-generate", "--model_args", f"base_url={base}/generate",
-                  f"tokenizer={settings.tokenizer}", f"num_concurrent={settings.server_concurrency}"]  # fmt: skip
+        words += ["--model", *_server(model), f"tokenizer={settings.tokenizer}", f"num_concurrent={settings.server_concurrency}", f"seed={seed}"]
     else:
         words += ["--model", "hf", "--model_args", f"pretrained={model}", f"dtype={settings.dtype}"]
     if settings.max_length:
@@ -113,6 +111,8 @@ def _command(settings: Settings, model: str, task: str, seed: int, directory: Pa
     generation = {"max_gen_toks": settings.max_gen_toks, "temperature": settings.temperature or None, "top_p": settings.top_p}
     if settings.temperature:
         generation["do_sample"] = True
+        if "sglang-generate" in words:  # the harness hands its own seed on to OpenAI addresses only
+            generation["sampling_seed"] = seed
     given = [f"{k}={v}" for k, v in generation.items() if v is not None]
     if given:
         words += ["--gen_kwargs", *given]
@@ -127,6 +127,15 @@ def _command(settings: Settings, model: str, task: str, seed: int, directory: Pa
     if UNSAFE.search(task):
         words.append("--confirm_run_unsafe_code")
     return words
+
+
+def _server(address: str) -> list[str]:
+    """The harness's model type and address: the native /generate (any task), or an OpenAI-compatible .../v1 (a SGLang server answers
+    generation tasks there, but gives no log-probs of the prompt, which multiple-choice tasks need)."""
+    base = address.rstrip("/").removesuffix("/completions").removesuffix("/generate")
+    if base.endswith("/v1"):
+        return ["local-completions", "--model_args", f"base_url={base}/completions", "model=default", "tokenizer_backend=huggingface"]
+    return ["sglang-generate", "--model_args", f"base_url={base}/generate"]
 
 
 def is_done(job: Job) -> bool:
