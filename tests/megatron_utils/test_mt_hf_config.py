@@ -1,6 +1,7 @@
 """Shapes from config.json, rotary frequencies against transformers, and layouts that do not divide."""
 
 import dataclasses
+import importlib.util
 
 import mt_tiny
 import numpy as np
@@ -107,6 +108,8 @@ def test_bad_expert_layouts(models):
         ({"lr": -1.0}, "--lr"),
         ({"min_lr": 1.0}, "--min-lr"),
         ({"opd_loss_rows": "some"}, "--opd-loss-rows"),
+        ({"opd_last_layer_rows": "some"}, "--opd-last-layer-rows"),
+        ({"transformer_impl": "te"}, "local or transformer_engine"),
     ],
 )
 def test_bad_settings(changes, text):
@@ -114,6 +117,22 @@ def test_bad_settings(changes, text):
 
     with pytest.raises(ConfigError, match=text):
         Settings.from_args(argparse.Namespace(**changes))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
+def test_transformer_engine_is_asked_for_and_missing(monkeypatch):
+    """Said before anything is built, and again where a half-installed one gets past that."""
+    import argparse
+
+    from megatron.core.transformer import TransformerConfig
+
+    from slime.backends.megatron_utils.layer_spec import block_spec
+
+    with pytest.raises(ConfigError, match="Transformer Engine is not installed; install it or use local"):
+        Settings.from_args(argparse.Namespace(transformer_impl="transformer_engine"))
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
+    with pytest.raises(ConfigError, match="Transformer Engine"):
+        block_spec(config, "transformer_engine")
 
 
 def test_settings_take_defaults_for_missing_and_none():

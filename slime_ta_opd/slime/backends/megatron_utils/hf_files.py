@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from slime.backends.megatron_utils.hf_config import read_config
 from ta_opd.errors import DataError
@@ -21,8 +20,18 @@ SINGLE = "model.safetensors"
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 
 
+# bytes read through one mapping before it is dropped: what was read stays resident as long as its mapping
+MAPPED_BYTES = 2**30
+# room for the header of a safetensors file that is written as a stream; blanks after the header are part of the format
+HEADER_BYTES = 2 * 2**20
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
 class HFReader:
-    """Tensors of an HF safetensors directory by name. Files are opened once and mapped, not read as a whole.
+    """Tensors of an HF safetensors directory by name. Files are mapped, not read as a whole, one at a time.
 
     Raises DataError where the directory holds no safetensors, or where the index names a missing file.
     """
@@ -32,7 +41,8 @@ class HFReader:
         if not self.path.is_dir():
             raise DataError(f"{path}: expected an HF model directory, which does not exist")
         self._file_of = self._index()
-        self._open: dict[str, safe_open] = {}
+        self._opened: tuple[str, safe_open] | None = None
+        self._left = 0
 
     def _index(self) -> dict[str, str]:
         if (self.path / INDEX).is_file():
@@ -61,9 +71,11 @@ class HFReader:
         file = self._file_of.get(name)
         if file is None:
             raise DataError(f"{self.path}: tensor {name!r} is missing; the directory is incomplete or of another model type")
-        if file not in self._open:
-            self._open[file] = safe_open(self.path / file, "pt")
-        return self._open[file].get_slice(name)
+        if self._opened is None or self._opened[0] != file or self._left < 0:
+            self._opened, self._left = (file, safe_open(self.path / file, "pt")), MAPPED_BYTES
+        part = self._opened[1].get_slice(name)
+        self._left -= math.prod(part.get_shape()) * 2
+        return part
 
     def get(self, name: str) -> torch.Tensor:
         return self.slice(name)[:]
@@ -73,9 +85,9 @@ class HFReader:
 
 
 class HFWriter:
-    """Writes an HF directory shard by shard: a shard is flushed when it reaches `shard_bytes`; `close` writes the index.
+    """Writes an HF directory tensor by tensor, in files of at most `shard_bytes` (and one tensor); `close` writes the index.
 
-    Writes into `<path>.partial` and renames at the end, so that a crash never leaves a directory that looks complete.
+    Nothing is held back: a file's header goes into room left at its start. Writes into `<path>.partial` and renames at the end, so that a crash never leaves a directory that looks complete.
     """
 
     def __init__(self, path: str | Path, shard_bytes: int = 5 * 2**30):
@@ -84,27 +96,39 @@ class HFWriter:
         self.partial = self.path.with_name(self.path.name + ".partial")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
+        self._file = None
+        self._header: dict[str, dict] = {}
+        self._header_bytes = 0
         self._shards: list[list[str]] = []
         self.total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
+        line = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        room = len(json.dumps({name: line})) + 64
+        held = 0 if self._file is None else self._file.tell() - HEADER_BYTES
+        if self._header and (held + size > self.shard_bytes or self._header_bytes + room > HEADER_BYTES - 64):
             self._flush()
-        self._pending[name] = tensor.detach().to("cpu").contiguous().clone()
-        self._pending_bytes += size
+            held = 0
+        if self._file is None:
+            self._file = open(self.partial / f"shard-{len(self._shards)}", "wb")
+            self._file.seek(HEADER_BYTES)
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(self._file)
+        self._header[name] = {**line, "data_offsets": [held, held + size]}
+        self._header_bytes += room
         self.total_bytes += size
 
     def _flush(self) -> None:
-        save_file(self._pending, self.partial / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}).encode()
+        self._file.seek(0)
+        self._file.write((HEADER_BYTES - 8).to_bytes(8, "little") + header.ljust(HEADER_BYTES - 8))
+        self._file.close()
+        self._shards.append(list(self._header))
+        self._file, self._header, self._header_bytes = None, {}, 0
 
     def close(self, origin: str | Path, dtype: torch.dtype) -> None:
         """Names the shards, writes the index, copies config and tokenizer files of `origin`, and puts all in place."""
-        if self._pending:
+        if self._header:
             self._flush()
         count = len(self._shards)
         if count == 1:
@@ -134,7 +158,3 @@ def copy_side_files(origin: str | Path, target: str | Path, dtype: torch.dtype) 
         if key in config:
             config[key] = str(dtype).removeprefix("torch.")
     (Path(target) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def missing_tensors(reader: HFReader, expected: Iterable[str]) -> list[str]:
-    return [name for name in expected if name not in reader]

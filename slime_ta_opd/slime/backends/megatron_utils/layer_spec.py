@@ -27,18 +27,17 @@ class RMSNorm(torch.nn.RMSNorm):
 def block_spec(config: TransformerConfig, implementation: str = "local") -> TransformerBlockSubmodules:
     """Specification of this pipeline stage's layers. `implementation`: "local" or "transformer_engine".
 
-    Raises ConfigError where Transformer Engine is asked for and not installed.
+    Transformer Engine fuses the norm into the joint projection, so the last layer then computes its attention for all tokens
+    (RowSelectingLayer). Raises ConfigError where Transformer Engine is asked for and not installed, or does not load.
     """
     experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if implementation == "transformer_engine":
         try:
-            import transformer_engine  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(
-                "--transformer-impl transformer_engine: Transformer Engine is not installed; install it or use local"
-            ) from error
-        from megatron.core.extensions.transformer_engine import TENorm
-
+            from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+        except (ImportError, OSError) as error:  # compiled for another torch or CUDA
+            raise ConfigError(f"--transformer-impl transformer_engine: Transformer Engine does not load ({error}); use local") from error
+        if not HAVE_TE:
+            raise ConfigError("--transformer-impl transformer_engine: Transformer Engine is not installed; install it or use local")
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
         norm = TENorm
     else:

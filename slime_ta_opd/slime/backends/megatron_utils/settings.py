@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from dataclasses import dataclass, fields
 
 import torch
@@ -96,6 +97,10 @@ class Settings:
             raise ConfigError(f"--opd-loss-rows: expected kept or all, got {self.opd_loss_rows!r}")
         if self.opd_last_layer_rows not in ("kept", "mlp", "all"):
             raise ConfigError(f"--opd-last-layer-rows: expected kept, mlp or all, got {self.opd_last_layer_rows!r}")
+        if self.transformer_impl not in ("local", "transformer_engine"):
+            raise ConfigError(f"--transformer-impl: expected local or transformer_engine, got {self.transformer_impl!r}")
+        if self.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+            raise ConfigError("--transformer-impl transformer_engine: Transformer Engine is not installed; install it or use local")
         if self.recompute_granularity == "full" and not self.recompute_method:
             raise ConfigError("--recompute-granularity full: expected --recompute-method uniform or block beside it, got none")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
