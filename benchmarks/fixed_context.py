@@ -1,7 +1,7 @@
 """Scoring a context bank with two models: seconds by stage, beside a per-token loop on a sample of the same rows.
 
-    python benchmarks/fixed_context.py            # one H200: Qwen3-1.7B student, 4B teacher, 300 contexts x 192 tokens, K = 8, 16, 32
-    python benchmarks/fixed_context.py --quick    # tiny, on any machine
+    python benchmarks/fixed_context.py --device cuda   # one H200: Qwen3-1.7B student, 4B teacher, 300 contexts x 192 tokens, K = 8, 16, 32
+    python benchmarks/fixed_context.py --quick         # tiny, on any machine
 
 Random weights in the models' shapes, made here and saved under --work-dir; random contexts of 64 to 192 prompt tokens. Scoring is what
 tools/eval_fixed_context_bank.py runs, from model files to the finished table: `load` is reading the weights, the rest is the work.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 import shutil
 import sys
@@ -30,7 +31,7 @@ if __package__ in (None, ""):
 from benchmarks import measure as m
 from ta_opd.fixed_context.bank import build_bank, context_row, load_contexts, write_bank
 from ta_opd.fixed_context.bootstrap import difference_interval
-from ta_opd.fixed_context.hf import CausalModel, import_transformers, resolve_dtype
+from ta_opd.fixed_context.hf import CausalModel, import_transformers, resolve_dtype, weight_bytes
 from ta_opd.fixed_context.scoring import ScoringConfig, score_contexts
 
 SHAPES = {
@@ -69,6 +70,22 @@ def make_bank(path: Path, contexts: int, length: int, vocab: int) -> Path:
         rollout = {"tokens": tokens, "response_length": length, "sample_index": i, "group_index": i}
         rows.append(context_row(rollout, source="random", ordinal=i))
     return write_bank(path, build_bank(rows, max_samples=None), {"source": "random"})
+
+
+def memory_plan(paths: list[Path], contexts, vocab: int, config: ScoringConfig) -> dict[str, float]:
+    """GiB that scoring holds at once, from the saved weights: both models, one block of logits with what is computed from it, and (one model
+    at a time) the teacher with the student's output matrix, and the student's hidden states of one part, which lie on disk."""
+    import json
+
+    dtype = resolve_dtype("auto", m.device())
+    bytes_of = [weight_bytes(path, dtype) for path in paths]
+    hidden = json.loads((paths[0] / "config.json").read_text())["hidden_size"] * torch.empty((), dtype=dtype).element_size()
+    rows = int(contexts.scored_len.max()) * min(config.contexts_per_part, len(contexts))
+    plan = {"student": bytes_of[0], "teacher": bytes_of[1], "block of logits": config.workspace_gib * m.GIB, "student's output matrix": vocab * hidden,
+            "hidden states of one part (disk)": rows * hidden}  # fmt: skip
+    plan["both at once"] = bytes_of[0] + bytes_of[1] + plan["block of logits"]
+    plan["one at a time"] = bytes_of[1] + plan["student's output matrix"] + plan["block of logits"]
+    return {name: size / m.GIB for name, size in plan.items()}
 
 
 def per_token_loop(student_RV, teacher_RV, targets, ks) -> list[dict]:
@@ -132,26 +149,35 @@ def bootstrap_seconds(groups: int, length: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for trying this out")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="cuda: stop where there is none; cpu: hide GPUs")
     parser.add_argument("--contexts", type=int, default=300)
     parser.add_argument("--response-tokens", type=int, default=192)
     parser.add_argument("--topk", default="8,16,32")
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--sample", type=int, default=192, help="rows of the per-token loop")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each way; the first also warms up")
+    parser.add_argument("--repeats", type=int, default=2, help="runs with both models resident; the first also warms up")
     parser.add_argument("--work-dir", type=Path, help="models and parts; default: a temporary folder, removed at the end")
     parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results)")
     args = parser.parse_args(argv)
     if args.quick:
         args.contexts, args.response_tokens, args.vocab, args.sample = 20, 24, 2048, 24
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing has asked for a device yet
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a CUDA device, torch finds none")
     ks = tuple(int(k) for k in args.topk.split(","))
     work = args.work_dir or Path(tempfile.mkdtemp(prefix="fixed_context_"))
     shapes = TINY if args.quick else SHAPES
     paths = [make_model(work / side, shapes[side], args.vocab, args.quick, seed) for seed, side in enumerate(("student", "teacher"))]
     contexts = load_contexts(make_bank(work / "bank.parquet", args.contexts, args.response_tokens, args.vocab))
     m.free()
+    plan = memory_plan(paths, contexts, args.vocab, ScoringConfig())
+    print("GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in plan.items()), flush=True)
+    if m.device().type == "cuda" and 1.2 * plan["both at once"] * m.GIB > torch.cuda.mem_get_info()[0]:
+        parser.error(f"expected {1.2 * plan['both at once']:.0f} GiB of free GPU memory, found {torch.cuda.mem_get_info()[0] / m.GIB:.0f}")
     rows = []
-    for way in ("both", "one"):
-        for turn in range(args.repeats):
+    for way, repeats in (("both", args.repeats), ("one", 1)):
+        for turn in range(repeats):
             start = time.perf_counter()
             table, record = score_contexts(contexts, *paths, ScoringConfig(topk=ks, residency=way), work / "parts")
             total = time.perf_counter() - start
@@ -173,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     targets = {"after loading, s": (max(r["after loading"] for r in rows if r["way"] == "both"), TARGET_SECONDS), "bootstrap, s": (boot, 2.0)}
     for name, (found, wanted) in targets.items():
         print(f"{name}: {found:.2f}, target at most {wanted:g}: {'met' if found <= wanted else 'NOT MET'}" + (" (tiny shapes)" if args.quick else ""))
-    result = {"shape": vars(args) | {"work_dir": None, "out": None}, "rows": rows, "loop": loop | {"extrapolated_s": extrapolated},
+    result = {"shape": vars(args) | {"work_dir": None, "out": None}, "memory_gib": plan, "rows": rows, "loop": loop | {"extrapolated_s": extrapolated},
               "bootstrap_s": boot, "agree": agree}  # fmt: skip
     if not args.quick:
         print(m.write("fixed_context", result, args.out))

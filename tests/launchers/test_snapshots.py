@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from tests.launchers.conftest import PAIRS, ROOT
+from tests.launchers.conftest import PAIRS, ROOT, scripts
 
 SNAPSHOTS = ROOT / "tests" / "launchers" / "snapshots"
 METHODS = (
@@ -25,6 +25,8 @@ EVALUATIONS = (
     "downstream_gsm8k_full", "downstream_gsm8k_smoke", "downstream_aime_capped", "downstream_aime_uncapped", "downstream_math_hard",
     "downstream_math500", "downstream_gpqa_diamond", "downstream_humaneval", "downstream_ifeval", "downstream_paper_six",
 )  # fmt: skip
+CONVERTERS = ("convert_qwen3_1_7b_to_torch_dist", "convert_qwen3_4b_to_torch_dist", "convert_to_torch_dist")
+DATA = ("make_dapo_math_17k", "make_gsm8k", "make_gsm8k_from_lm_eval_log", "make_chat_prompts")
 PORTS = {"TEACHER_PORT": "14141", "TEACHER_NCCL_PORT": "24141", "RAY_PORT": "26379", "RAY_DASHBOARD_PORT": "8365"}
 
 
@@ -105,7 +107,7 @@ def test_heldout_evaluation(launch, place):
 
 def test_conversion(launch, place):
     out = ""
-    for name in ("convert_qwen3_1_7b_to_torch_dist", "convert_qwen3_4b_to_torch_dist", "convert_to_torch_dist"):
+    for name in CONVERTERS:
         out += launch(f"scripts/convert/{name}.sh", DRY_RUN="1", check=True, HF_MODEL=str(place / "models/Qwen3-1.7B"), NPROC_PER_NODE="2").out
     out += launch("scripts/convert/convert_to_hf.sh", DRY_RUN="1", check=True, CHECKPOINT_ROOT=str(place / "checkpoint"),
                   ORIGIN_HF_DIR=str(place / "models/Qwen3-1.7B")).out  # fmt: skip
@@ -114,7 +116,7 @@ def test_conversion(launch, place):
 
 def test_data(launch, place):
     out = ""
-    for name in ("make_dapo_math_17k", "make_gsm8k", "make_gsm8k_from_lm_eval_log", "make_chat_prompts"):
+    for name in DATA:
         out += launch(f"scripts/data/{name}.sh", DRY_RUN="1", check=True, SOURCE=str(place / "train.jsonl")).out
     frozen("data", out)
 
@@ -129,12 +131,37 @@ def test_data(launch, place):
         ("one_gpu", {"RAY_GPUS": "3", "TEACHER_GPU": "3", "COLOCATE": "1", "ACTOR_NUM_GPUS_PER_NODE": "1"}),
         ("running_teacher", {"TEACHER_MODEL": "", "TEACHER_URL": "http://a:1/generate http://b:2/generate"}),
         ("two_teachers", {"TEACHER_MODEL": "", "TEACHERS": "math=http://a:1/generate code=http://b:2/generate"}),
+        ("running_engines", {"TEACHER_MODEL": "", "TEACHER_URL": "http://a:1/generate", "STUDENT_URL": "http://b:1 http://b:2", "RAY_GPUS": "0,1"}),
         ("checked_shape", {"MODEL_SHAPE": "qwen3-1.7B"}),
     ],
 )
 def test_where_it_runs(where, variables, launch, pair_variables):
     done = launch("scripts/train/run_teachability.sh", DRY_RUN="1", check=True, **(pair_variables("4b_to_1p7b") | variables))
     frozen(f"where/{where}", done.out)
+
+
+def test_the_general_launchers(launch, pair_variables, place):
+    """run_opd.sh without a method, the sweep by its undated name, and the harness on any task."""
+    variables = pair_variables("4b_to_1p7b")
+    frozen("train/run_opd", launch("scripts/train/run_opd.sh", DRY_RUN="1", check=True, **variables).out)
+    sweep = launch("scripts/train/run_opd_budget_ratio_sweep.sh", DRY_RUN="1", check=True, **variables, **PORTS)
+    frozen("suites/ratio_sweep_ports", sweep.out)
+    done = launch("scripts/eval/run_downstream.sh", DRY_RUN="1", check=True, MODELS="server=http://127.0.0.1:30000", BASE="server",
+                  TOKENIZER=str(place / "models/Qwen3-1.7B"), TASKS="gsm8k_cot", TEMPERATURE="0.6", EVAL_SEEDS="1 2")  # fmt: skip
+    frozen("eval/downstream", done.out)
+
+
+def test_every_launcher_has_a_frozen_command():
+    """A new script needs a snapshot here (the jobs of make_job.sh are compared with the files in scripts/cluster)."""
+    covered = {f"scripts/train/run_{name}.sh" for name in (*METHODS, "opd", "opd_budget_ratio_sweep", "teachability_opd_method_suite")}
+    covered |= {f"scripts/diagnostics/run_{name}.sh" for name in (*DIAGNOSTICS, "14b_to_1p7b_retopk_8_32")}
+    covered |= {f"slime_ta_opd/run_{name}_20260517.sh" for name in (*DIAGNOSTICS, "14b_to_1p7b_retopk_8_32")}
+    covered |= {"slime_ta_opd/run_teachability_opd_method_suite_20260515.sh", "slime_ta_opd/run_opd_budget_ratio_sweep_20260512.sh"}
+    covered |= {f"scripts/eval/run_{name}.sh" for name in (*EVALUATIONS, "downstream", "heldout_math")}
+    covered |= {f"scripts/convert/{name}.sh" for name in (*CONVERTERS, "convert_to_hf")} | {f"scripts/data/{name}.sh" for name in DATA}
+    examples = ("run-qwen3-1.7B-sampled-opd-sglang", "run-qwen3-4B-sampled-opd-sglang", "run-qwen3-8B-opd-megatron")
+    covered |= {f"{folder}/{name}.sh" for name in examples for folder in (EXAMPLES, "examples/on_policy_distillation")}
+    assert set(scripts()) - covered == {"scripts/cluster/make_job.sh"}
 
 
 # ------------------------------------------------------------------------------------- what the frozen commands are worth
