@@ -251,7 +251,7 @@ resolve_mask_name() { # an alias becomes the mask that train.py knows
 
 launch_training() { # the command of one run, printed or become this process
   local eval_interval=${EVAL_INTERVAL-}
-  if [[ -n $EVAL_PROMPT_DATA && -z $eval_interval ]]; then EVAL_INTERVAL=$NUM_ROLLOUT; fi
+  if [[ -n $EVAL_PROMPT_DATA$EVAL_CONFIG && -z $eval_interval ]]; then EVAL_INTERVAL=$NUM_ROLLOUT; fi
   FLAGS=()
   flags_from_variables
   selection_flags

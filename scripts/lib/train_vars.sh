@@ -100,6 +100,7 @@ vars_sizes() {
   var TEACHER_MEM_FRACTION "float:(0,1)" 0.55 "GPU memory fraction of the teacher server" --teacher-mem-fraction-static
   var TEACHER_CUDA_GRAPH_MAX_BS int:1 8 "largest batch with a CUDA graph, teacher" --teacher-cuda-graph-max-bs
   var ROLLOUT_MEM_FRACTION "float:(0,1)" 0.45 "GPU memory fraction of a student engine" --sglang-mem-fraction-static
+  var USE_SGLANG_ROUTER bool 0 "sglang-router in front of several student engines" --use-sglang-router
   var SGLANG_CUDA_GRAPH_MAX_BS int:1 8 "largest batch with a CUDA graph, student" --sglang-cuda-graph-max-bs
 }
 
@@ -174,7 +175,8 @@ vars_selection_common() { # all but rule and ratio, which a suite sets row by ro
 vars_evaluation() {
   group "Evaluation during training"
   var EVAL_PROMPT_DATA list? "" "pairs NAME FILE of held-out prompts; empty: no evaluation" --eval-prompt-data
-  var EVAL_INTERVAL int:1? "" "rollouts between evaluations; empty with EVAL_PROMPT_DATA: NUM_ROLLOUT" --eval-interval
+  var EVAL_CONFIG file? "" "YAML file of held-out sets with sampling parameters and a check of their own (docs/services.md)" --eval-config
+  var EVAL_INTERVAL int:1? "" "rollouts between evaluations; empty with EVAL_PROMPT_DATA or EVAL_CONFIG: NUM_ROLLOUT" --eval-interval
   var N_SAMPLES_PER_EVAL_PROMPT int:1 1 "responses an evaluation prompt" --n-samples-per-eval-prompt
   var EVAL_TEMPERATURE "float:[0,]" 0 "temperature of evaluation" --eval-temperature
   var EVAL_MAX_RESPONSE_LEN int:1? "" "most tokens of an evaluation response" --eval-max-response-len
