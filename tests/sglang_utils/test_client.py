@@ -1,12 +1,13 @@
 """The client against servers that fail in every way that the network and SGLang know."""
 
 import asyncio
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from slime.backends.sglang_utils import loop
+from slime.backends.sglang_utils import loop, wire
 from slime.backends.sglang_utils.client import Clients, SGLangClient, StaleWeights, base_url
 from ta_opd.errors import ConfigError, DataError, ServiceError
 from tests.sglang_utils.fake_server import VOCAB, logprob, row
@@ -187,6 +188,23 @@ def test_connections_are_kept_and_used_again(fake):
 
     loop.run(many())
     assert len(server.requests) == 40 and len(server.connections) <= 4
+    client.close()
+
+
+def test_large_replies_are_parsed_off_the_event_loop(fake, monkeypatch):
+    where = []
+    parse = wire.parse_generate
+
+    def noting(raw, *rest):
+        where.append((len(raw), threading.current_thread().name))
+        return parse(raw, *rest)
+
+    monkeypatch.setattr(wire, "parse_generate", noting)
+    client = connect(fake())
+    for tokens in (2, 300):
+        loop.run(client.generate(IDS, {**PARAMS, "max_new_tokens": tokens}, 16))
+    (small, here), (large, elsewhere) = where
+    assert small < 64 * 1024 < large and here == "services" and elsewhere != "services"
     client.close()
 
 
