@@ -1,6 +1,7 @@
 """Slurm and KubeRay jobs: what is in the tree equals what make_job.sh writes, and both are well formed."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.launchers.conftest import ROOT
+from tests.launchers.conftest import ROOT, neutral
 
 MAKE = "scripts/cluster/make_job.sh"
 SCHEMA = json.loads((ROOT / "tests/launchers/rayjob.schema.json").read_text())
@@ -51,6 +52,30 @@ def test_kuberay(nodes, launch, pair_variables):
     assert words[:3] == ["env", "-C", "/workspace/ta-opd"] and words[-2:] == ["bash", "scripts/train/run_tip.sh"]
     assert "RAY_ADDRESS=auto" in words and (f"ACTOR_NUM_NODES={nodes}" in words) == (nodes > 1)
     assert not [w for w in words if w.startswith("METHOD_LIST")]  # run_tip.sh has no such variable
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_both_kinds_hold_the_same_variables(nodes, launch, pair_variables, place):
+    given = pair_variables("8b_to_4b") | {"METHOD_LIST": "pure_opd:1.0 tip:0.1", "WANDB_PROJECT": "it's $mine", "NUM_ROLLOUT": "7", "LR": "2e-6"}
+    slurm = launch(MAKE, NUM_NODES=nodes, check=True, **given).out
+    job = yaml.safe_load(launch(MAKE, JOB_KIND="kuberay", NUM_NODES=nodes, check=True, **given).out)
+    exported = [shlex.split(line)[1] for line in slurm.splitlines() if line.startswith("export ") and "=" in line and "PYTHONPATH" not in line]
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert ["RAY_ADDRESS=auto", *exported] == words[3 : words.index("bash")]
+    held = dict(word.split("=", 1) for word in exported)
+    assert {name: held[name] for name in given} == {name: neutral(value, place) for name, value in given.items()}
+    assert ("ACTOR_NUM_NODES" in held) == (nodes == "2")
+
+
+def test_a_slurm_script_runs_its_launcher(launch, pair_variables, place, tmp_path):
+    """One node needs nothing of Slurm: the script itself, as a dry run, shows the very commands of the launcher."""
+    variables = pair_variables("8b_to_4b") | {"NUM_ROLLOUT": "7"}
+    script = launch(MAKE, NUM_NODES="1", LAUNCHER="scripts/train/run_tip.sh", check=True, **variables).out
+    (tmp_path / "job.sbatch").write_text(script.replace("PLACE/", f"{place}/"))
+    environment = {"PATH": os.environ["PATH"], "HOME": str(place), "TIMESTAMP": "20260101_000000", "SLURM_SUBMIT_DIR": str(ROOT), "DRY_RUN": "1"}
+    done = subprocess.run(["bash", tmp_path / "job.sbatch"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert neutral(done.stdout, place) == launch("scripts/train/run_tip.sh", DRY_RUN="1", check=True, **variables).out
 
 
 def test_the_schema_refuses_what_kuberay_does_not_know():
