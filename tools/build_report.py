@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="a run (holds metrics.jsonl), a directory of runs, or a suite")
     parser.add_argument("--output", type=Path, help="default DIRECTORY/report.html")
     parser.add_argument("--title")
+    parser.add_argument("--training-run", help="of a diagnostic: the run directory behind it, for curves over training and its token bank")
     parser.add_argument("--tokenizer", help="directory with the tokenizer.json of the models; default: found through the runs")
     parser.add_argument("--max-mib", type=float, default=10.0, help="largest size of the page")
     parser.add_argument("--bank-rollouts", type=int, default=24, help="rollouts of each token bank that the pictures read")
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         options = Options(
-            max_bytes=int(args.max_mib * MIB), bank_rollouts=args.bank_rollouts, tokenizer=args.tokenizer, title=args.title, draws=args.draws
+            max_bytes=int(args.max_mib * MIB), bank_rollouts=args.bank_rollouts, tokenizer=args.tokenizer, title=args.title, draws=args.draws,
+            training=args.training_run,
         )
         report = build_report(args.directory, args.output, options)
     except (TaOpdError, OSError) as error:

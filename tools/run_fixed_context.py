@@ -68,7 +68,13 @@ def pipeline_config(args: argparse.Namespace) -> PipelineConfig:
     python = sys.executable
     convert = (python, str(TOOLS / "convert_megatron_checkpoint_to_hf.py"), "--checkpoint-root", "{checkpoint_root}", "--iteration", "{iteration}",
                "--origin-hf-dir", "{origin_hf}", "--output-dir", "{output}", "--force")  # fmt: skip
-    report = (python, str(TOOLS / "build_report.py"), "{diag_dir}", "--output", "{output}", "--tokenizer", "{student}") if args.report else ()
+    report = ()
+    if args.report:
+        report = (python, str(TOOLS / "build_report.py"), "{diag_dir}", "--output", "{output}", "--tokenizer", "{student}")
+        if args.save_dir:
+            report += ("--training-run", args.save_dir)
+        if args.pair_id:
+            report += ("--title", f"Fixed-context diagnostic: {args.pair_id}")
     sampling = SamplingConfig(
         num_contexts=args.num_contexts, max_response_tokens=args.sample_response_tokens, temperature=args.temperature, sample=args.sample,
         seed=args.seed, input_key=args.input_key, label_key=args.label_key, apply_chat_template=args.apply_chat_template,

@@ -30,7 +30,8 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Options:
-    """max_bytes: size that the page must stay under. bank_rollouts, bank_rows: how much of each token bank the pictures read."""
+    """max_bytes: size that the page must stay under. bank_rollouts, bank_rows: how much of each token bank the pictures read. training: the
+    run directory behind a diagnostic."""
 
     max_bytes: int = 10 * MIB
     bank_rollouts: int = 24
@@ -39,6 +40,7 @@ class Options:
     title: str | None = None
     draws: int = DRAWS
     pictures: bool = True
+    training: str | None = None
 
     def __post_init__(self):
         if self.max_bytes < MIB:
@@ -64,7 +66,7 @@ def build_report(directory: str | Path, output: str | Path | None = None, option
     Raises DataError when there is no run to report on, ConfigError when the page cannot be made small enough.
     """
     options = options or Options()
-    suite = load(directory, options.title)
+    suite = load(directory, options.title, options.training)
     html = Path(output) if output else suite.directory / "report.html"
     arms, styles = suite.arms, arm_styles(list(suite.arms))
     resampler = Resampler(options.draws)
@@ -137,16 +139,17 @@ def find_vocabulary(suite: Suite, tokenizer: str | None) -> Vocabulary | None:
 
 def page_facts(suite: Suite) -> list[str]:
     """Short facts under the title."""
-    config = suite.runs[0].config
+    config = _settings_of(suite)
     given = list(suite.facts.get("facts", []))
     seeds = max((len(runs) for runs in suite.arms.values()), default=1)
     k = config.get("opd_topk_metrics_k")
     loss = config.get("opd_loss_type")
     rollouts = max(len(run.metrics) for run in suite.runs)
+    checkpoints = f"{len(suite.runs)} checkpoint{'s' if len(suite.runs) > 1 else ''} on frozen contexts"
     if not rollouts:
-        return [*given, f"{len(suite.runs)} checkpoint{'s' if len(suite.runs) > 1 else ''} on frozen contexts"]
+        return [*given, checkpoints]
     own = [
-        f"{len(suite.arms)} method{'s' if len(suite.arms) > 1 else ''}, {seeds} seed{'s' if seeds > 1 else ''} each",
+        checkpoints if suite.runs[-1].key.title else f"{len(suite.arms)} method{'s' if len(suite.arms) > 1 else ''}, {seeds} seed{'s' if seeds > 1 else ''} each",
         f"{rollouts} rollouts of {config.get('rollout_batch_size', '?')} × {config.get('n_samples_per_prompt', '?')} responses",
         f"K = {k}" if k else "", f"loss {loss}" if loss else "", f"lr {config['lr']:g}" if config.get("lr") else "",
     ]  # fmt: skip
@@ -155,8 +158,13 @@ def page_facts(suite: Suite) -> list[str]:
 
 def settings(suite: Suite) -> list[tuple[str, str]]:
     """Flags of the first run that decide what it computes."""
-    config = suite.runs[0].config
+    config = _settings_of(suite)
     return [(name.replace("_", "-"), str(config[name])) for name in SETTINGS if config.get(name) is not None]
+
+
+def _settings_of(suite: Suite) -> dict:
+    """Settings of the first run that has any (of a diagnostic, those of its training run)."""
+    return next((run.config for run in suite.runs if run.config), {})
 
 
 def _judged(outcomes) -> bool:

@@ -21,9 +21,15 @@ Arms = dict[ArmKey, list[Run]]
 Styles = dict[ArmKey, ArmStyle]
 
 
+def by_accuracy(outcomes: dict[ArmKey, Outcome]) -> bool:
+    """Whether arms are compared by held-out accuracy: where all have one, or where not all have a frozen KL instead."""
+    known = [o.accuracy_after.known for o in outcomes.values()]
+    return all(known) or (any(known) and not all(o.kl_after.known for o in outcomes.values()))
+
+
 def best_first(outcomes: dict[ArmKey, Outcome]) -> list[ArmKey]:
-    """Arms by accuracy after training, highest first; without accuracy, by frozen KL after training, lowest first."""
-    if any(o.accuracy_after.known for o in outcomes.values()):
+    """Arms by accuracy after training, highest first; without accuracy, by frozen KL after training, lowest first. Unknown ones come last."""
+    if by_accuracy(outcomes):
         return sorted(outcomes, key=lambda k: -np.nan_to_num(outcomes[k].accuracy_after.value, nan=-1.0))
     return sorted(outcomes, key=lambda k: np.nan_to_num(outcomes[k].kl_after.value, nan=np.inf))
 
@@ -173,11 +179,13 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
                 axes[0].plot(run.metrics["rollout_id"], run.column("rollout/kept_tokens"), color=style.color, linestyle=style.dash, linewidth=1.4,
                              label=style.label if number == 0 else None)  # fmt: skip
             kept, valid = (sum(np.nansum(r.column(f"rollout/{n}_tokens")) for r in runs) for n in ("kept", "valid"))
+            if not valid:
+                continue
             labels.append(styles[key].label)
-            shares.append(kept / valid if valid else np.nan)
+            shares.append(kept / valid)
             colors.append(styles[key].color)
             asked.append(key.ratio)
-        valid_mean = np.nanmean([np.nanmean(r.column("rollout/valid_tokens")) for runs in arms.values() for r in runs])
+        valid_mean = np.nanmean([np.nanmean(r.column("rollout/valid_tokens")) for runs in arms.values() for r in runs if len(r.metrics)])
         axes[0].set(title="Kept tokens of each rollout", xlabel="rollout", ylabel="tokens")
         axes[0].set_ylim(0, 1.15 * valid_mean)
         axes[0].axhline(valid_mean, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))

@@ -303,17 +303,18 @@ def selector_gain(suite: Suite) -> Picture | None:
         return None
     ratios = sorted(table["ratio"].unique())
     best = table.groupby("selector")["mean_gain"].mean().sort_values()
-    shades = ("#08306b", "#2171b5", "#6baed6", "#9e9ac8", "#bcbddc")
+    shades, markers = ("#08306b", "#2171b5", "#6baed6", "#e69f00", "#d55e00"), "os^DX"  # dark to light to warm, and a shape each
     with drawing() as plt:
         figure, ax = plt.subplots(figsize=(10.6, 0.3 * len(best) + 1.4))
         for i, ratio in enumerate(ratios):
             rows = table[table["ratio"] == ratio].set_index("selector").reindex(best.index)
             y = np.arange(len(best)) + (i - (len(ratios) - 1) / 2) * 0.6 / max(len(ratios), 1)
             error = np.clip(np.nan_to_num([rows["mean_gain"] - rows["ci_low"], rows["ci_high"] - rows["mean_gain"]]), 0, None)
-            ax.errorbar(rows["mean_gain"], y, xerr=error, linestyle="none", marker="o", markersize=4.5, capsize=2, color=shades[i % len(shades)],
+            ax.errorbar(rows["mean_gain"], y, xerr=error, linestyle="none", marker=markers[i % len(markers)], markersize=4.5, capsize=2, color=shades[i % len(shades)],
                         label=f"budget {100 * ratio:.3g} %")  # fmt: skip
         ax.axvline(0, color=INK, linewidth=0.9)
         ax.set_yticks(range(len(best)), best.index)
+        ax.set_ylim(-0.8, len(best) - 0.2)
         ax.set(xlabel="mean gain of the kept tokens, nats a token")
         ax.legend(loc="lower right")
         return picture(figure, "selector_gain", "Gain by selector and budget",

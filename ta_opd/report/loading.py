@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,9 @@ class Suite:
         return grouped
 
 
-def load(directory: str | Path, title: str | None = None) -> Suite:
-    """The suite (or single run) at `directory`. Raises DataError when no run is in it, or a run's own files are unreadable."""
+def load(directory: str | Path, title: str | None = None, training: str | Path | None = None) -> Suite:
+    """The suite (or single run) at `directory`. training: the run directory behind a diagnostic, whose curves and token bank are shown with
+    its latest checkpoint. Raises DataError when no run is in it, or a run's own files are unreadable."""
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(f"report: expected the directory of a run or a suite, got {str(directory)!r}, which is none")
@@ -115,6 +116,8 @@ def load(directory: str | Path, title: str | None = None) -> Suite:
     runs = [run for path, contexts in found if (run := read_run(path, contexts, notes)) is not None]
     if not runs:
         runs = diagnostic_checkpoints(directory, notes)
+        if runs and training is not None:
+            runs[-1] = _trained(runs[-1], Path(training), notes)
     if not runs:
         raise DataError(
             f"report: no run with a metrics.jsonl in {directory}; expected a run directory, a directory of runs, a suite with a "
@@ -165,6 +168,15 @@ def diagnostic_checkpoints(directory: Path, notes: list[str]) -> list[Run]:
             key = ArmKey("full", 1.0, title="Checkpoint " + path.name.removeprefix("eval_").replace("_", " "))
             runs.append(Run(path.name, path, key, "", {}, pd.DataFrame({"rollout_id": []}), [], {}, None, contexts, meta))
     return runs
+
+
+def _trained(latest: Run, directory: Path, notes: list[str]) -> Run:
+    """`latest` with what its training run wrote: metrics, evaluations, settings, token bank."""
+    run = read_run(directory, None, notes) if (directory / "metrics.jsonl").is_file() else None
+    if run is None:
+        notes.append(f"{directory}: no metrics.jsonl, so there are no curves over training")
+        return latest
+    return replace(run, name=latest.name, key=latest.key, contexts=latest.contexts, contexts_meta=latest.contexts_meta)
 
 
 def _read_contexts(place: Path, name: str, notes: list[str]) -> tuple[pd.DataFrame | None, dict[str, Any]]:

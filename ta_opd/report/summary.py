@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ta_opd.fixed_context.tables import to_markdown
-from ta_opd.report.figures_outcome import best_first
+from ta_opd.report.figures_outcome import best_first, by_accuracy
 from ta_opd.report.loading import ArmKey, Run, Suite
 from ta_opd.report.statistics import Estimate, Outcome, difference
 
@@ -71,26 +71,27 @@ def _seconds(runs: list[Run]) -> float:
 
 def headline(suite: Suite, outcomes: dict[ArmKey, Outcome]) -> list[str]:
     """Two or three sentences: the best arm with its interval, whether it differs from the next and from full OPD, and the caveat."""
-    by_accuracy = any(o.accuracy_after.known for o in outcomes.values())
-    if not by_accuracy and not any(o.kl_after.known for o in outcomes.values()):
+    accuracy = by_accuracy(outcomes)
+    if not accuracy and not any(o.kl_after.known for o in outcomes.values()):
         return ["No held-out accuracy and no frozen-context scores were found, so this report shows training only."]
     order = best_first(outcomes)
     best = order[0]
 
     def value(key: ArmKey) -> Estimate:
-        return outcomes[key].accuracy_after if by_accuracy else outcomes[key].kl_after
+        return outcomes[key].accuracy_after if accuracy else outcomes[key].kl_after
 
-    what = "held-out accuracy" if by_accuracy else "KL on the frozen contexts"
-    before = outcomes[best].accuracy_before if by_accuracy else outcomes[best].kl_before
-    sentences = [f"{best.label} reached the best {what}: {_show(value(best), by_accuracy)}"
-                 + (f", from {_plain(before.value, by_accuracy)} before training." if before.known else ".")]  # fmt: skip
-    tied = [k for k in order[1:] if not _apart(value(best), value(k))]
-    worse = [k for k in order[1:] if _apart(value(best), value(k))]
+    what = "held-out accuracy" if accuracy else "KL on the frozen contexts"
+    before = outcomes[best].accuracy_before if accuracy else outcomes[best].kl_before
+    sentences = [f"{best.label} reached the best {what}: {_show(value(best), accuracy)}"
+                 + (f", from {_plain(before.value, accuracy)} before training." if before.known else ".")]  # fmt: skip
+    others = [k for k in order[1:] if value(k).known]
+    tied = [k for k in others if not _apart(value(best), value(k))]
+    worse = [k for k in others if _apart(value(best), value(k))]
     if len(order) > 1:
         if tied:
             sentences.append(f"{_join(tied)} cannot be told apart from it: the 95 % interval of the difference includes zero.")
         if worse:
-            gaps = "; ".join(f"{k.label} by {_gap(value(best), value(k), by_accuracy)}" for k in worse)
+            gaps = "; ".join(f"{k.label} by {_gap(value(best), value(k), accuracy)}" for k in worse)
             sentences.append(f"Clearly behind: {gaps}.")
     seeds = max((len(runs) for runs in suite.arms.values()), default=1)
     if seeds == 1:

@@ -173,6 +173,13 @@ def test_a_diagnostic_folder_shows_its_checkpoints_and_advice(suite_dir, tmp_pat
     data = json.loads(re.search(r'id="heat-data">(.*?)</script>', made.html.read_text(), re.DOTALL).group(1))
     assert [b["kind"] for b in data["blocks"]] == ["frozen"] * 3 and data["blocks"][0]["responses"][0]["prompt"] == "Q0+1?"
 
+    # with the training run behind it: its curves and token bank, and still judged by what all checkpoints have
+    trained = build_report(home, options=Options(draws=100, training=str(suite_dir / "runs" / "full_1_seed1")))
+    assert {"reverse_kl.png", "kept_tokens.png", "plane.png", "health.png"} <= {p.name for p in trained.pictures} - {p.name for p in made.pictures}
+    assert trained.headline == made.headline and trained.summary["accuracy_after"].notna().tolist() == [False, False, True]
+    absent = build_report(home, options=Options(draws=100, training=str(tmp_path), pictures=False))
+    assert any("no metrics.jsonl, so there are no curves over training" in note for note in absent.notes)
+
 
 def test_collapse_is_shown_on_the_page(suite_dir, tmp_path):
     home = tmp_path / "s"
