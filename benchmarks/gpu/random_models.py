@@ -28,8 +28,12 @@ SHAPES = {
 }
 
 
-def write_model(directory: Path, shape: str, seed: int, context: int = 8192, vocabulary: int = VOCABULARY) -> Path:
-    """An HF directory of a Qwen3 of that shape, bf16, weights from a normal distribution."""
+def write_model(directory: Path, shape: str, seed: int, context: int = 8192, vocabulary: int = VOCABULARY, end_scale: float = 1.0) -> Path:
+    """An HF directory of a Qwen3 of that shape, bf16, weights from a normal distribution.
+
+    end_scale: factor of the end token's row of the output matrix; above 1 its logit varies more, so that responses end at
+    different lengths instead of all at the limit.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     hidden, ffn, layers, heads, kv, head, tied = SHAPES[shape]
@@ -52,6 +56,7 @@ def write_model(directory: Path, shape: str, seed: int, context: int = 8192, voc
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
+        model.get_output_embeddings().weight[1] *= end_scale
     model.config.architectures = ["Qwen3ForCausalLM"]
     model.save_pretrained(directory)
     word_tokenizer(vocabulary).save_pretrained(directory)
@@ -86,10 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    parser.add_argument("--end-scale", type=float, default=1.0, help="above 1: responses end at different lengths (try 4)")
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for seed, shape in enumerate(args.shapes):
-        print(write_model(args.output_dir / shape, shape, seed, vocabulary=args.vocabulary))
+        print(write_model(args.output_dir / shape, shape, seed, vocabulary=args.vocabulary, end_scale=args.end_scale))
     print(write_prompts(args.output_dir / "prompts.jsonl", args.prompts, args.prompt_length, 0, args.vocabulary))
     return 0
 

@@ -34,14 +34,20 @@ class TrainSeconds:
         return sum((self.compute, self.micro_batches, self.tensor, self.context, self.experts, self.bubble, self.gradients, self.optimizer))
 
 
-def operations(model: Model, work: Workload) -> tuple[float, float]:
-    """(all that is computed, the useful part: 6 N a trained token, N without the vocabulary matrices, plus attention and kept rows)."""
-    again = 1 if work.recompute else 0
-    trunk = model.trunk_operations(work.trained_tokens)
-    attention = model.attention_operations(work.trained_tokens, work.prompt_len + work.trained_response)
-    head = FORWARD_AND_BACKWARD * model.head_operations(work.kept_rows)
+def operations_of(model: Model, tokens: float, positions: float, rows: float, recompute: bool) -> tuple[float, float]:
+    """Of one forward and backward pass over `tokens` tokens in sequences of `positions`, `rows` of them through the vocabulary matrix.
+
+    (all that is computed, the useful part: 6 N a token, N without the vocabulary matrices, plus attention and rows; no recompute)
+    """
+    again = 1 if recompute else 0
+    trunk, attention = model.trunk_operations(tokens), model.attention_operations(tokens, positions)
+    head = FORWARD_AND_BACKWARD * model.head_operations(rows)
     done = trunk * (FORWARD_AND_BACKWARD + again) + attention * (ATTENTION_BACKWARD + again) + head
     return done, trunk * FORWARD_AND_BACKWARD + attention * ATTENTION_BACKWARD + head
+
+
+def operations(model: Model, work: Workload) -> tuple[float, float]:
+    return operations_of(model, work.trained_tokens, work.prompt_len + work.trained_response, work.kept_rows, work.recompute)
 
 
 def train_seconds(model: Model, layout: Layout, work: Workload, gpu: Gpu, rates: Rates, tokens: int, per_node: int) -> TrainSeconds:

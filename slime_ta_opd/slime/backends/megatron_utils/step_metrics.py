@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
+import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
@@ -138,3 +140,13 @@ def average_steps(steps: list[dict[str, float]]) -> dict[str, float]:
         name: float(sum(v)) if name in added else max(v) if name.endswith("_max") else float(np.mean(v))
         for name, v in values.items()
     }
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """GiB of the fullest rank: the allocator's peak since the last call and what is held now; on CPU the process (collective)."""
+    if device.type == "cuda":
+        peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        peak = held = psutil.Process().memory_info().rss
+    return {"peak_memory_gib": distributed.max_over_ranks(peak) / 2**30, "memory_gib": distributed.max_over_ranks(held) / 2**30}

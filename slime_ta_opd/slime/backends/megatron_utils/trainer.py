@@ -23,7 +23,7 @@ from slime.backends.megatron_utils.model import build_model, unwrap, wrap_for_tr
 from slime.backends.megatron_utils.optimizer import Optimizer, is_finite
 from slime.backends.megatron_utils.settings import Settings
 from slime.backends.megatron_utils.step import Stepper, now, vocabulary_args
-from slime.backends.megatron_utils.step_metrics import average_steps, step_metrics
+from slime.backends.megatron_utils.step_metrics import average_steps, memory_metrics, step_metrics
 from slime.backends.megatron_utils.teacher import Teacher, teacher_shape
 from ta_opd.errors import ConfigError, NumericsError
 
@@ -188,7 +188,7 @@ class MegatronTrainer:
                 self.optimizer.skip()
             metrics = step_metrics(sums, step, norm, lr, now(self.device) - begin, self.settings.opd_loss_type)
             logged.append({**metrics, "steps_skipped": float(not applied)})
-        return average_steps(logged)
+        return average_steps(logged) | memory_metrics(self.device)
 
     def prepare(self, data: dict) -> dict:
         """The rollout's data with what the trainer itself knows: teacher fields and base advantages (collective)."""
