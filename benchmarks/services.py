@@ -27,9 +27,10 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "slime_ta_opd")]
 
 from slime.backends.sglang_utils import loop  # noqa: E402
-from slime.backends.sglang_utils.client import Clients  # noqa: E402
+from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
 from slime.backends.sglang_utils.server import SGLangServer  # noqa: E402
 from slime.rollout.data_source import PromptDataSource  # noqa: E402
+from slime.rollout.sampling import shared_ids  # noqa: E402
 from slime.rollout.sglang_rollout import generate_rollout  # noqa: E402
 from ta_opd.slime_patch.teacher import exact_windows, merge_known  # noqa: E402
 
@@ -41,7 +42,7 @@ SHAPES = {
     "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
                head_dim=128, vocab_size=151936),
 }  # fmt: skip
-PARTS = ("generate", "score", "exact", "overlap", "sync")
+PARTS = ("generate", "score", "exact", "overlap", "router", "sync")
 
 
 def main() -> None:
@@ -207,8 +208,11 @@ class Bench:
                     seconds, replies = timed(gather([teacher.score(s, length, k) for s in sequences]))
                     runs.append(seconds)
                 self._report("score", k, min(runs), replies, span=name, repeats="/".join(f"{s:.3f}" for s in runs))
-            runs = [timed(gather([teacher.score(s, self.o.response_len, k) for s in sequences]))[0] for _ in range(self.o.repeats)]
-            self._report("score", k, min(runs), replies, span="cached", repeats="/".join(f"{s:.3f}" for s in runs))
+            runs = []
+            for _ in range(self.o.repeats):  # the prompts are in the server's cache now
+                seconds, replies = timed(gather([teacher.score(s, self.o.response_len, k) for s in sequences]))
+                runs.append(seconds)
+            self._report("score", k, min(runs), replies, span="response, prompt cached", repeats="/".join(f"{s:.3f}" for s in runs))
 
     def exact(self) -> None:
         """Ways to learn the teacher's log-probs at every one of the student's top-16 ids from an unmodified server.
@@ -253,8 +257,6 @@ class Bench:
 
     def overlap(self) -> None:
         """A whole rollout: scoring starts when a sample is finished. Also bytes a token that stay in memory."""
-        import psutil
-
         self.args.custom_generate_function_path = f"{Path(__file__).resolve()}:sample_of_own_length"
         lengths = [own_length(i, self.o.response_len) for i in range(self.o.prompts)]
         file = self.folder / "prompts.jsonl"
@@ -277,19 +279,60 @@ class Bench:
             source.next_group = source.next_index = source.position = 0
             generate_rollout(argparse.Namespace(**vars(self.args), **{name: True}), 0, source, self.clients)
             self.row("overlap", for_comparison=name, seconds=time.perf_counter() - began, **self.clients.take_seconds())
-        process = psutil.Process()
+        kept_rollouts = []
         for n in range(self.o.repeats):
             loop.run(self.clients.teachers["default"].flush_cache())
-            before, began = process.memory_info().rss, time.perf_counter()
+            began = time.perf_counter()
             source.next_group = source.next_index = source.position = 0  # the same prompts, lengths and seeds each time
             groups = generate_rollout(self.args, n, source, self.clients)
             seconds, parts = time.perf_counter() - began, self.clients.take_seconds()
             gc.collect()
             kept = held_bytes([s for g in groups for s in g]) / tokens
-            grown = (process.memory_info().rss - before) / tokens
+            kept_rollouts.append(groups)
             self.row("overlap", seconds=seconds, generation_alone=alone, last_score=one, ratio=seconds / (alone + one),
-                     not_hidden=parts["score"], bytes_per_token=kept, rss_growth_per_token=grown)  # fmt: skip
-            del groups
+                     not_hidden=parts["score"], bytes_per_token=kept)  # fmt: skip
+        number, held = len(kept_rollouts), resident()
+        kept_rollouts.clear()
+        del groups
+        self.row("overlap", rollouts_kept=number, resident_bytes_per_token=(held - resident()) / (tokens * number))
+
+    def router(self) -> None:
+        """Two engines, 8 samples a prompt: our own balancing (fewest in flight) against sglang-router in front.
+
+        affine: our client with all samples of a prompt sent to one engine, prompts taking turns.
+        """
+        from slime.backends.sglang_utils.router import Router
+
+        if self.o.device == "cuda":
+            print("router    skipped: needs a second GPU for the second engine")
+            return
+        args, samples = self.args, 8
+        second = SGLangServer.for_run(args, "student", args.hf_checkpoint, log_file=self.folder / "second.log", device_env={"OMP_NUM_THREADS": "1"})
+        self.servers.append(second)
+        urls = [self.servers[0].url, second.start().wait_ready(900).url]
+        prompts = [self.rng.integers(300, args.student_config["vocab_size"], self.o.prompt_len).tolist() for _ in range(max(2, self.o.prompts // samples))]
+        for policy in ("own balancing", "own balancing, affine", "router cache_aware", "router round_robin"):
+            router = None
+            if policy.startswith("router"):
+                router = Router((None, None), self.folder / "router.log", policy=policy.split()[1]).start()
+                router.serve(urls)
+            client = SGLangClient(urls, name="student", router=router.url if router else None)
+            params = {"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}
+            best = None
+            for turn in range(self.o.repeats + 1):  # the first one warms up
+                loop.run(client.flush_cache())
+                calls = [client.generate(p, {**params, "sampling_seed": 100 * i + j}, 16, prefer=urls[i % 2] if policy.endswith("affine") else None)
+                         for i, p in enumerate(prompts) for j in range(samples)]  # fmt: skip
+                seconds, replies = timed(gather(calls))
+                cached = sum(r.cached_tokens for r in replies) / (len(replies) * self.o.prompt_len)
+                if turn and (best is None or seconds < best[0]):
+                    best = (seconds, cached)
+            self.row("router", way=policy, seconds=best[0], tokens_per_second=len(prompts) * samples * self.o.response_len / best[0],
+                     prompt_tokens_from_cache=best[1])  # fmt: skip
+            client.close()
+            if router:
+                router.stop()
+        second.stop()
 
     def sync(self) -> None:
         import torch
@@ -353,17 +396,28 @@ class PreparedIds:
         return {"input_ids": self.prompts[: len(texts)]}
 
 
+def resident() -> int:
+    """Bytes of this process in memory, without what the allocator keeps for later."""
+    import ctypes
+
+    import psutil
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
 def held_bytes(samples) -> int:
-    """Bytes that the samples' per-token data hold: arrays, token lists with their numbers, texts."""
-    size, numbers = 0, {}
+    """Bytes that the samples' per-token data hold: arrays, token lists (of numbers that all rollouts share), texts."""
+    size, shared = 0, {id(t) for t in shared_ids(range(max(max(s.tokens) for s in samples) + 1))}
     for sample in samples:
         size += sys.getsizeof(sample.tokens) + sys.getsizeof(sample.response)
-        numbers.update((id(t), t) for t in sample.tokens)
+        size += sum(sys.getsizeof(t) for t in sample.tokens if id(t) not in shared)
         for array in (sample.rollout_log_probs, sample.teacher_log_probs, sample.teacher_at_student_ids):
             size += 0 if array is None else array.nbytes
         for topk in (sample.student_topk, sample.teacher_topk):
             size += 0 if topk is None else topk.ids.nbytes + topk.logprobs.nbytes
-    return size + sum(sys.getsizeof(t) for t in numbers.values())
+    return size
 
 
 def hf_shapes(c: dict) -> list[tuple[str, tuple[int, ...]]]:
