@@ -18,6 +18,7 @@ import os
 import pickle
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ from benchmarks.behaviour.distil import Distiller  # noqa: E402
 from benchmarks.behaviour.pretrain import models, problem_sets  # noqa: E402
 from benchmarks.behaviour.sizes import SIZES, Size  # noqa: E402
 from benchmarks.behaviour.stacked import Stack  # noqa: E402
-from ta_opd.errors import TaOpdError  # noqa: E402
+from ta_opd.errors import ConfigError, TaOpdError  # noqa: E402
 from ta_opd.fixed_context.hf import import_transformers  # noqa: E402
 
 
@@ -67,6 +68,15 @@ class Session:
         self.distiller = Distiller(self.teacher, self.student, size, device, avoid, workers)
         self.parts = folder / "groups"
         self.parts.mkdir(exist_ok=True)
+        self._check_same_size()
+
+    def _check_same_size(self) -> None:
+        """ConfigError where the folder's groups are of other settings."""
+        stamp, own = self.folder / "size.json", json.dumps(asdict(self.size), indent=1, default=str)
+        if not stamp.is_file() or not any(self.parts.iterdir()):
+            stamp.write_text(own)
+        elif stamp.read_text() != own:
+            raise ConfigError(f"--output-dir {self.folder}: expected groups of the same settings, its size.json says otherwise; give a new directory")
 
     def train(self, deadline: float) -> bool:
         """Trains groups until all are done (True) or the next would probably end after `deadline`."""
@@ -125,6 +135,14 @@ class Session:
         return result
 
 
+def sized(args) -> Size:
+    """The size with what the command line changes."""
+    size = SIZES[args.size]
+    teacher = replace(size.teacher, steps=args.teacher_steps or size.teacher.steps)
+    student = replace(size.student, stop_at=args.student_stop_at or size.student.stop_at)
+    return replace(size, teacher=teacher, student=student, group=args.group or size.group, rollouts=args.rollouts or size.rollouts)
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
@@ -136,9 +154,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1140, help="start no group that would end later than this")
     parser.add_argument("--workers", type=int, help="processes that select; default: the cores less two, at most 12 (0 on a CPU device)")
+    parser.add_argument("--group", type=int, help="runs that share the device; fewer take less memory")
+    parser.add_argument("--rollouts", type=int, help="of every run")
+    parser.add_argument("--teacher-steps", type=int, help="of the teacher's pretraining")
+    parser.add_argument("--student-stop-at", type=float, help="share of validation problems at which the student's pretraining ends")
     parser.add_argument("--count", action="store_true", help="print what would run, and stop")
     args = parser.parse_args(argv)
-    size, began = SIZES[args.size], time.time()
+    size, began = sized(args), time.time()
     if args.count:
         print(json.dumps(count(size), indent=1))
         return 0

@@ -200,11 +200,12 @@ def test_full_supervision_moves_towards_the_teacher_and_tokens_are_equal(tmp_pat
     assert len(solved(Stack.copies(student, 2, "cpu"), problem_sets(TINY)[0], 4)) == 2
 
 
-def test_a_tiny_run_gives_tables_pictures_and_goes_on_where_it_stopped(tmp_path):
+def test_a_tiny_run_gives_tables_pictures_and_goes_on_where_it_stopped(tmp_path, capsys):
     words = ["--size", "tiny", "--device", "cpu", "--output-dir", str(tmp_path)]
     assert behaviour.main([*words, "--seconds", "-1000"]) == 0
     assert json.loads((tmp_path / "result.json").read_text())["complete"] is False
     assert behaviour.main(words) == 0
+    assert behaviour.main([*words, "--rollouts", "9"]) == 2 and "expected groups of the same settings" in capsys.readouterr().err
     result, runs = json.loads((tmp_path / "result.json").read_text()), pd.read_csv(tmp_path / "runs.csv")
     assert result["complete"] and len(runs) == len(plan.runs(TINY)) == result["of"]
     assert result["compatibility_sd"] > 0 and runs["run"].is_unique
