@@ -196,6 +196,32 @@ def _crash(*args):
     raise KeyboardInterrupt
 
 
+def save_past_a_limit(rank, ranks, port, model, limit, **changes) -> tuple[str, str]:
+    """A checkpoint, then one with files of at most `limit` bytes, which is what a full disk does to a write."""
+    import resource
+
+    from ta_opd.errors import TaOpdError
+
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    trainer.save(0, EXTRA)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        trainer.save(1, EXTRA)
+    except TaOpdError as error:
+        return type(error).__name__, str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    return "went on", ""
+
+
+def save_forever(rank, ranks, port, model, **changes) -> None:
+    """Checkpoint after checkpoint, until the process is killed."""
+    trainer, start = make_trainer(rank, ranks, port, model, **changes)
+    for rollout in range(start, 10**6):
+        trainer.save(rollout, EXTRA)
+
+
 def save_many(rank, ranks, port, model, rollouts, **changes) -> None:
     trainer, _ = make_trainer(rank, ranks, port, model, **changes)
     for rollout in rollouts:

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
+from slime.ray.calls import ProcessLost, get
 from slime.ray.placement import Placement
 from slime.ray.train_actor import TrainActor
-from ta_opd.errors import ServiceError, TaOpdError
+from ta_opd.errors import ServiceError
+
+SYNC_TRIES = 3
 
 
 def create_actor_group(args, placement: Placement) -> ActorGroup:
     """Starts the ranks (they import and build at once, while the servers start) and returns the group."""
     return ActorGroup(args, placement)
-
-
-def get(refs: list[ray.ObjectRef]) -> list[Any]:
-    """ray.get that raises the actor's own error, or says plainly that a process died."""
-    try:
-        return ray.get(refs)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, TaOpdError):
-            raise cause from None
-        raise
-    except RayActorError as error:
-        raise ServiceError(f"an actor of this run died: {str(error).splitlines()[0]}. Its log is in Ray's session directory; "
-                           "resume from the last checkpoint with --load") from error  # fmt: skip
 
 
 class ActorGroup:
@@ -70,9 +57,17 @@ class ActorGroup:
         return [found[rank] for rank in sorted(found)]
 
     def update_weights(self, rollout, version: int) -> None:
+        """Sends the weights to every engine; one that died meanwhile is started again and all get them anew."""
         rollout.resync = lambda: self.update_weights(rollout, self.version)  # the trainer may be ahead of the engines
-        engines = rollout.engines()
-        get([a.update_weights.remote(engines, version) for a in self.actors])
+        for left in range(SYNC_TRIES - 1, -1, -1):
+            engines = rollout.engines()
+            try:
+                get([a.update_weights.remote(engines, version) for a in self.actors])
+                break
+            except ServiceError as problem:
+                if isinstance(problem, ProcessLost) or not left or not (restarted := rollout.heal()):
+                    raise
+                print(f"weight sync: {problem}; restarted {', '.join(restarted)}, sending again")
         rollout.set_version(version)
 
     def save(self, rollout_id: int, extra: dict) -> None:
@@ -82,8 +77,11 @@ class ActorGroup:
         get([a.save_hf.remote(directory) for a in self.actors])
 
     def stop(self) -> None:
+        closing = []
         for actor in self.actors:
             with contextlib.suppress(Exception):
-                ray.get(actor.close.remote(), timeout=2)
+                closing.append(actor.close.remote())
+        with contextlib.suppress(Exception):
+            ray.wait(closing, num_returns=len(closing), timeout=2)
         for actor in self.actors:
             ray.kill(actor)

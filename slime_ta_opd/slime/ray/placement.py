@@ -6,12 +6,16 @@ On GPUs a slot is one GPU of the group. Trainer ranks come first, then the stude
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime.utils.misc import human_bytes, quiet_environment
@@ -46,6 +50,10 @@ class Placement:
     slots: list[Slot]
     started_ray: bool
     addresses: dict[str, str] = field(default_factory=dict)
+
+    def stop(self) -> None:
+        """Gives the slots back; on a cluster the next attempt of this driver needs them."""
+        remove_placement_group(self.group)
 
     def options(self, index: int, env: dict[str, str] | None = None, gpus: list[int] | None = None) -> dict:
         """Ray actor options for a process in slot `index` that sees the GPUs of slots `gpus` (default: its own)."""
@@ -121,6 +129,11 @@ def start_ray(args, slots: int) -> bool:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # its note that a token is used
     if ray.is_initialized():
         return False
+    with _own_signals():
+        return _init_ray(args, slots)
+
+
+def _init_ray(args, slots: int) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         ray.init(address=address, logging_level="warning", log_to_driver=True)
@@ -129,6 +142,23 @@ def start_ray(args, slots: int) -> bool:
     ray.init(address="local", num_cpus=max(slots, os.cpu_count() or 1), include_dashboard=False, logging_level="warning",
              log_to_driver=True, **memory)  # fmt: skip
     return True
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """ray.init puts its own handler of SIGTERM in the place of the run's: put back, and its exit is our interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def describe(layout: Layout, args) -> list[str]:

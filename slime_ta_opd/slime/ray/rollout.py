@@ -6,9 +6,10 @@ Per-token data never pass through the driver: it gets object references, one a r
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import ray
 from slime.backends.sglang_utils.client import StaleWeights
 from slime.observability.metrics import rollout_metrics, staleness
 from slime.observability.timer import Timer
-from slime.ray.actor_group import get
+from slime.ray.calls import get
 from slime.ray.placement import Placement
 from slime.utils import fields
 from slime.utils.dp_schedule import split_for_data_parallel
@@ -26,6 +27,7 @@ from ta_opd.errors import ServiceError
 from ta_opd.topk import TopK
 
 RESTARTS = 3  # times that one rollout may lose its engines
+HEAL_PATIENCE = 10.0  # seconds in which an engine that failed a request is found dead
 
 
 @dataclass
@@ -103,9 +105,15 @@ class RolloutGroup:
     def load_state(self, state: dict[str, Any]) -> None:
         get([self.actor.load_state.remote(state)])
 
+    def heal(self) -> list[str]:
+        """Starts engines again that died a moment ago; their names. They need the weights then."""
+        return get([self.actor.heal.remote()])[0]
+
     def stop(self) -> None:
         try:
             ray.get(self.actor.stop.remote(), timeout=30)
+        except ray.exceptions.RayActorError:
+            pass  # it died: its servers have ended with it
         finally:
             ray.kill(self.actor)
 
@@ -115,13 +123,14 @@ class RolloutManager:
     def __init__(self, args, placement: Placement):
         from slime.ray.servers import Servers
         from slime.rollout.data_source import PromptDataSource
+        from slime.rollout.eval_sets import args_of
         from slime.utils.misc import load_tokenizer
 
         self.args = args
         self.timer = Timer("rollout", keep_spans=args.trace)
         self.tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
         self.source = PromptDataSource(args, self.tokenizer)
-        self.evaluation = {name: PromptDataSource(args, self.tokenizer, path=file, evaluation=True)
+        self.evaluation = {name: PromptDataSource(args_of(args, name), self.tokenizer, path=file, evaluation=True)
                            for name, file in args.eval_datasets.items()}  # fmt: skip
         self.servers = Servers(args, placement)
         self.samples: list[Sample] = []  # of the last rollout
@@ -142,15 +151,9 @@ class RolloutManager:
         from slime.rollout.sglang_rollout import generate_rollout
 
         begin = time.time()
-        try:
-            self._heal()
-            with self.timer.phase("generate"):
-                groups = generate_rollout(self.args, rollout_id, self.source, self.servers.clients)
-        except (ServiceError, StaleWeights) as problem:
-            # what was sampled so far went back to the data source: nothing is lost or doubled
-            if not isinstance(problem, StaleWeights):
-                self._heal(problem)
-            raise
+        with self._engines_kept(), self.timer.phase("generate"):
+            # on an error what was sampled so far goes back to the data source: nothing is lost or doubled
+            groups = generate_rollout(self.args, rollout_id, self.source, self.servers.clients)
         self.samples = [s for group in groups for s in group]
         self.states.append((rollout_id, self.source.state_dict()))
         if self.args.save_debug_rollout_data:
@@ -186,14 +189,34 @@ class RolloutManager:
             data = fields.collect(self.samples, self._needed_fields())
             shards = split_for_data_parallel(data, self.args.data_parallel_size, self.args.global_batch_size)
             refs = [[ray.put({**shard, "rollout_id": rollout_id})] for shard in shards]
+            if selection is not None or not self.args.exact_selection:
+                self.samples = []  # the shards hold what training needs; else the trainer's teacher comes first
         seconds = {**self.timer.take(), **self.servers.clients.take_seconds(), "rollout": time.time() - begin}
         return Batch(rollout_id, refs, metrics, seconds, self.timer.take_spans())
 
-    def _heal(self, problem: Exception | None = None) -> None:
-        """Restarts dead servers; StaleWeights where a student engine is among them."""
-        restarted = self.servers.heal()
-        if any(name.startswith("student") for name in restarted) or (restarted and problem is not None):
-            raise StaleWeights(f"restarted {', '.join(restarted)}") from problem
+    @contextlib.contextmanager
+    def _engines_kept(self) -> Iterator[None]:
+        """For requests to the student: dead engines are started again, before them and after a failure.
+
+        StaleWeights then: they need the weights, and the call has to be made again.
+        """
+        self._restarted()
+        try:
+            with self.servers.serving():
+                yield
+        except StaleWeights:
+            raise
+        except ServiceError as problem:
+            self._restarted(problem)
+            raise
+
+    def _restarted(self, problem: Exception | None = None) -> None:
+        names = self.servers.heal()
+        if names:
+            raise StaleWeights(f"restarted {', '.join(names)}") from problem
+
+    def heal(self) -> list[str]:
+        return self.servers.heal(patience=HEAL_PATIENCE)
 
     def _select(self, rollout_id: int, exact: dict[str, list] | None = None) -> dict[str, Any] | None:
         if exact is None and (self.args.opd_type == "megatron" or self.args.opd_topk_metrics_k == 0):
@@ -212,8 +235,8 @@ class RolloutManager:
         """Accuracy of the current student on every evaluation set; no teacher, no top-k."""
         from slime.rollout.evaluate import evaluate
 
-        self._heal()
-        return {name: evaluate(self.args, rollout_id, self.servers.clients, data) for name, data in self.evaluation.items()}
+        with self._engines_kept():
+            return {name: evaluate(data.args, rollout_id, self.servers.clients, data) for name, data in self.evaluation.items()}
 
     def state(self, rollout_id: int) -> dict[str, Any]:
         if self.args.opd_token_bank_dir:

@@ -79,5 +79,6 @@ class Steps:
                 self.actors.save(rollout_id, extra=self.run.state(self.rollout, rollout_id))
 
     def finish(self) -> None:
-        if self.args.save_hf and not self.args.debug_rollout_only:
+        """The trained student as an HF directory, where it is asked for and every rollout was run."""
+        if self.run.finished and self.args.save_hf and not self.args.debug_rollout_only:
             self.actors.save_hf(self.args.save_hf)

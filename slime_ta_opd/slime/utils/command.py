@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from slime.utils.arguments import parse_args
 from slime.utils.plan import print_plan
+from slime.utils.restart import with_restarts
+from slime.utils.stop import Terminated
 from slime.utils.validation import validate
 from ta_opd.errors import TaOpdError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main(train: Callable, argv: Sequence[str] | None = None, *, asynchronous: bool = False) -> int:
-    """Exit code of `train(args)`: 0, 2 for an error of this project, 130 when interrupted.
+    """Exit code of `train(args)`: 0, 2 for an error of this project, 130 when interrupted, 143 where SIGTERM cost work.
 
     asynchronous: rollouts are sampled while the trainer works, so settings that cannot do both at once are refused.
     """
@@ -23,10 +28,18 @@ def main(train: Callable, argv: Sequence[str] | None = None, *, asynchronous: bo
         if args.dry_run:
             print_plan(args)
         else:
-            train(args)
+            with_restarts(train, args)
     except TaOpdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: {error.filename or 'a file of this run'} could not be written: {error.strerror}; make room, then resume", file=sys.stderr)
+        return 2
+    except Terminated as end:
+        print(end, file=sys.stderr)
+        return 143 if end.lost else 0
     except KeyboardInterrupt:
         print("interrupted: every process of this run has been stopped", file=sys.stderr)
         return 130

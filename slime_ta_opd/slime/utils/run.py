@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,12 +16,14 @@ from tqdm import tqdm
 from slime.observability.timer import Timer, write_trace
 from slime.observability.trackers import Trackers
 from slime.utils import config_file
+from slime.utils.reaper import Reaper
+from slime.utils.stop import StopRequest, Terminated
 
 SHOWN = {"kl": "rollout/reverse_kl_valid", "kept": "rollout/keep_ratio", "len": "rollout/response_length", "loss": "train/loss"}
 
 
 class Run:
-    """Context of a run. Leaving it, in whatever way, stops what `owns` was given, last first, then a local Ray."""
+    """Context of a run. Leaving it, in whatever way, stops what `owns` was given, last first, then its Ray."""
 
     def __init__(self, args):
         self.args = args
@@ -33,18 +34,22 @@ class Run:
         self.trackers: Trackers | None = None
         self.final_eval: dict[str, Any] = {}
         self.start = 0
+        self.last = self.saved = self.saving = -1  # the rollouts that were finished, saved, and begun to be saved last
         self.bar: tqdm | None = None
+        self.stop = StopRequest(can_save=bool(args.save) and not args.debug_rollout_only)
 
     def __enter__(self) -> Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "DONE").unlink(missing_ok=True)
         config_file.dump(self.args, self.dir / "config.yaml")
         self.began = time.time()
-        self._old = signal.signal(signal.SIGTERM, _terminate)
+        self.had_ray = ray.is_initialized()
+        self.stop.install()
+        self.reaper = Reaper()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.stop.ignore()
         if self.bar is not None:
             self.bar.close()
         if self.trackers is not None:
@@ -55,11 +60,16 @@ class Run:
                     thing.stop()
             except Exception as problem:  # one stuck process must not keep the others alive
                 print(f"while stopping {type(thing).__name__}: {problem}", file=sys.stderr)
-        if any(getattr(thing, "started_ray", False) for thing in self.owned):
+        if not self.had_ray:
             ray.shutdown()
-        signal.signal(signal.SIGTERM, self._old)
+        self.reaper.stop()
+        self.stop.restore()
         if self.args.trace and self.spans:
             write_trace(self.spans, self.dir / "trace.json")
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self.stop.aborted:
+            raise Terminated(*self._aborted()) from None
+        if kind is None and not self.finished:
+            raise Terminated(f"stopped after rollout {self.last} as asked; {self.args.save} holds it: --load goes on from there", lost=False)
         if kind is None:
             done = {"run_name": self.args.run_name, "num_rollout": self.args.num_rollout, "start_rollout_id": self.start, "final": self.final_eval,
                     "seconds": round(time.time() - self.began, 3)}  # fmt: skip
@@ -90,13 +100,37 @@ class Run:
     def rollouts(self, start: int) -> Iterator[int]:
         self.bar = tqdm(range(start, self.args.num_rollout), desc=self.args.run_name, initial=start,
                         total=self.args.num_rollout, unit="step", dynamic_ncols=True, file=sys.stdout)  # fmt: skip
+        self.last = self.saved = self.saving = start - 1
+        self.stop.stage = "rollouts"
         for rollout_id in self.bar:
+            if self.stop.asked and self.saved == self.last:  # else it was asked for too late for the save of that rollout
+                break
             self.step_began = time.time()
             yield rollout_id
+            self.last = rollout_id
+            self.saved = max(self.saved, self.saving)
+        self.stop.stage = "ending"
+
+    def _aborted(self) -> tuple[str, bool]:
+        """(message, whether work was lost) of a run that SIGTERM cut off."""
+        if self.stop.stage == "starting" or self.last < self.start:
+            return "SIGTERM before the first rollout was trained: every process of this run has been stopped, nothing was lost", False
+        kept = f"{self.args.save} holds rollout {self.saved}" if self.saved >= self.start else "no checkpoint holds what was trained"
+        return f"SIGTERM: every process of this run has been stopped; {kept}, the last one trained was {self.last}", self.saved < self.last
+
+    @property
+    def finished(self) -> bool:
+        """Whether every rollout was run: false where SIGTERM asked for less."""
+        return not self.stop.asked or self.last >= self.args.num_rollout - 1
 
     def save_due(self, rollout_id: int) -> bool:
+        """Whether to save now; says yes for the rollout that SIGTERM asked to end with."""
         every, last = self.args.save_interval, rollout_id == self.args.num_rollout - 1
-        return bool(every) and not self.args.debug_rollout_only and ((rollout_id + 1) % every == 0 or last)
+        due = bool(every) and ((rollout_id + 1) % every == 0 or last)
+        due = (due or self.stop.asked) and bool(self.args.save) and not self.args.debug_rollout_only
+        if due:
+            self.saving = rollout_id
+        return due
 
     def eval_due(self, rollout_id: int) -> bool:
         every = self.args.eval_interval
@@ -125,10 +159,6 @@ class Run:
         self.spans += self.timer.take_spans() + batch.spans if self.args.trace else []
         self.trackers.log(rollout_id, metrics)
         self.bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in SHOWN.items() if m in metrics}, refresh=False)
-
-
-def _terminate(signum, frame):
-    raise KeyboardInterrupt
 
 
 def _write(path: Path, content: bytes) -> None:

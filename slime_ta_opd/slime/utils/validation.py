@@ -266,6 +266,10 @@ def _checkpoints(args):
             raise ConfigError(f"{flag}: expected at least 1, got {value}")
     if args.save_interval and not args.save:
         args.save = str(Path(args.output_dir) / "checkpoints")
+    if args.max_restarts < 0:
+        raise ConfigError(f"--max-restarts: expected 0 or more, got {args.max_restarts}")
+    if args.max_restarts and not args.save_interval:
+        raise ConfigError("--max-restarts: expected --save-interval N beside it, so that there are checkpoints to start over from")
     if args.save_hf == "":
         args.save_hf = str(Path(args.output_dir) / "hf")
     if args.load and not Path(args.load).is_dir():

@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from slime.backends.megatron_utils.distributed import first_error
 from slime.backends.megatron_utils.model import unwrap
 from slime.backends.megatron_utils.optimizer import Optimizer
-from ta_opd.errors import ConfigError, DataError
+from slime.utils.config_file import SECRETS
+from ta_opd.errors import ConfigError, DataError, ServiceError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -89,7 +90,8 @@ def save(
     """Writes the checkpoint of `rollout_id` (collective). extra: plain values, tensors or numpy-free containers.
     identity_changes: every forced change of teacher or tokenizer so far (identity.forced_change).
 
-    Raises DataError on every rank where `extra` holds something that cannot be read back safely.
+    Raises DataError on every rank where `extra` holds something that cannot be read back safely, ServiceError where a file
+    cannot be written (disk full): nothing of this checkpoint is left then, and those before it are whole.
     """
     root, name = Path(directory), f"iter_{rollout_id:07d}"
     partial = root / f".{name}.partial"
@@ -101,13 +103,32 @@ def save(
             "layout": layout(),
             "identity": identity,
             "identity_changes": list(identity_changes),
-            "args": _plain(vars(args)),
+            "args": {k: v for k, v in _plain(vars(args)).items() if k not in SECRETS},
         },
         "extra": extra,
     }
     _check_plain(common)
-    if dist.get_rank() == 0:
+    try:
+        _write(root, partial, model, optimizer, common)
+        if dist.get_rank() == 0:
+            publish(root, partial, name, str(rollout_id))
+            _drop_old(root, keep)
+        dist.barrier()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _write_failure(error)
+        if cause is None:
+            raise
+        # no word with the other ranks: they may be waiting inside the save, and end with the run
         shutil.rmtree(partial, ignore_errors=True)
+        (root / f".{TRACKER}.partial").unlink(missing_ok=True)
+        raise ServiceError(_not_written(root, rollout_id, cause)) from None
+    return root / name
+
+
+def _write(root: Path, partial: Path, model, optimizer: Optimizer | None, common: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        for left in root.glob(".iter_*.partial"):  # of a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     state = {**_model_state(model, stacked=False), **common, "rng": _rng_object(_rng_state())}
@@ -115,11 +136,26 @@ def save(
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], _metadata(False), is_loading=False)
         state["schedule"] = optimizer.schedule.state_dict()
     dist_checkpointing.save(state, str(partial), sharded_strategy=_InProcessSave("torch_dist", 1))
-    if dist.get_rank() == 0:
-        publish(root, partial, name, str(rollout_id))
-        _drop_old(root, keep)
-    dist.barrier()
-    return root / name
+
+
+def _write_failure(error: BaseException) -> str | None:
+    """What the operating system, or torch's writer, says against writing a file; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, CheckpointException):  # one exception a rank
+        return next(filter(None, (_write_failure(cause) for cause, _ in error.failures.values())), None)
+    return "a file could not be written" if "PytorchStreamWriter" in str(error) or "file write failed" in str(error) else None
+
+
+def _not_written(root: Path, rollout_id: int, cause: str) -> str:
+    names = _names(root)
+    kept = f"the newest whole one is {names[-1]}" if names else "there is none before it"
+    try:
+        free = f"{shutil.disk_usage(root).free / 2**20:.0f} MiB free there"
+    except OSError:
+        free = "free space unknown"
+    return (f"checkpoint of rollout {rollout_id} could not be written to {root}: {cause} ({free}). Nothing of it is left, {kept}. "
+            "Make room, or keep fewer with --keep-checkpoints N, then resume with --load")  # fmt: skip
 
 
 def load(found: Found, model, optimizer: Optimizer | None, *, random_state: bool = True) -> dict[str, Any]:

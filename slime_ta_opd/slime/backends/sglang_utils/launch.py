@@ -9,10 +9,10 @@ import signal
 import sys
 import threading
 import time
-from multiprocessing import parent_process
 
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
 
+_PARENT_VARIABLE = "SLIME_SERVER_PARENT"  # process id that children of this process find there
 _LOOK_SECONDS = 0.5
 
 
@@ -27,8 +27,10 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-if parent_process() is not None:  # spawned, not started by the supervisor
-    end_with(parent_process().pid)
+if __name__ == "__mp_main__":  # spawned by the server; the supervisor sees to the server itself
+    end_with(int(os.environ[_PARENT_VARIABLE]))
+if __name__ in ("__main__", "__mp_main__"):
+    os.environ[_PARENT_VARIABLE] = str(os.getpid())
 
 
 def main(argv):

@@ -7,6 +7,7 @@ parent-death signal can be trusted: it is tied to the parent's thread.
 """
 
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -26,8 +27,10 @@ def _prctl(option, value):
         pass  # not Linux: the polling below still works
 
 
-def _die_with_supervisor():
+def _die_with(supervisor):
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor:  # killed before the kernel knew
+        os._exit(1)
 
 
 def _stop(signum, frame):
@@ -124,7 +127,8 @@ def main(argv):
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, _stop)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_supervisor, stdin=subprocess.DEVNULL)
+    tie = functools.partial(_die_with, os.getpid())
+    server = subprocess.Popen(command, start_new_session=True, preexec_fn=tie, stdin=subprocess.DEVNULL)
     code, rounds, shared = None, 0, set()
     try:
         while code is None and not _asked_to_stop and os.getppid() == parent:
