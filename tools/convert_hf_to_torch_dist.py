@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             convert.hf_to_torch_dist(
                 args.hf_checkpoint, args.save, force=args.force, vocab_multiple=args.make_vocab_size_divisible_by
             )
-    except TaOpdError as error:
+    except (TaOpdError, OSError) as error:  # OSError: a full disk, a directory that may not be written
         print(f"convert_hf_to_torch_dist: {error}", file=sys.stderr)
         return 1
     return 0

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                 shard_bytes=args.chunk_size,
                 vocab_size=args.vocab_size,
             )
-    except TaOpdError as error:
+    except (TaOpdError, OSError) as error:  # OSError: a full disk, a directory that may not be written
         print(f"convert_megatron_checkpoint_to_hf: {error}", file=sys.stderr)
         return 1
     return 0

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             vocab_size=args.vocab_size,
             dtype=DTYPES.get(args.dtype),
         )
-    except TaOpdError as error:
+    except (TaOpdError, OSError) as error:  # OSError: a full disk, a directory that may not be written
         print(f"convert_torch_dist_to_hf: {error}", file=sys.stderr)
         return 1
     return 0

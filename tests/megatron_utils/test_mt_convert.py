@@ -217,6 +217,52 @@ def test_existing_targets_and_wrong_checkpoints(models, tmp_path):
         convert.torch_dist_to_hf(release, model, tmp_path / "new", report=quiet)
 
 
+def test_files_that_are_cut_off(models, tmp_path):
+    """Incomplete downloads and damaged checkpoints are named, and leave nothing behind."""
+    model = tmp_path / "model"
+    shutil.copytree(models("qwen3"), model)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="model.safetensors: cannot be read as safetensors.*incomplete download"):
+        convert.hf_to_torch_dist(model, tmp_path / "dist", report=quiet)
+    weights.write_bytes(whole)
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {n: weights.name for n in [*HFReader(model).names(), "lm_head.other"]}}))
+    with pytest.raises(DataError, match="lm_head.other.*does not hold it"):
+        HFReader(model).get("lm_head.other")
+    index.write_text("{")
+    with pytest.raises(DataError, match="weight_map"):
+        convert.hf_to_torch_dist(model, tmp_path / "dist", report=quiet)
+    index.unlink()
+    release = convert.hf_to_torch_dist(model, tmp_path / "dist", report=quiet)
+    part = next(release.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-5000])
+    with pytest.raises(DataError, match="cannot be read|damaged"):
+        convert.torch_dist_to_hf(release, model, tmp_path / "hf", report=quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dist", "model"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(models, tmp_path, capsys):
+    """Writes beyond a limit fail as on a full disk."""
+    import resource
+
+    model, dist = str(models("qwen3")), tmp_path / "dist"
+    release = convert.hf_to_torch_dist(model, tmp_path / "good", report=quiet)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        to_dist = tool("convert_hf_to_torch_dist").main(["--hf-checkpoint", model, "--save", str(dist)])
+        to_hf = ["--input-dir", str(release), "--origin-hf-dir", model, "--output-dir", str(tmp_path / "hf")]
+        to_hf = tool("convert_torch_dist_to_hf").main(to_hf)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (to_dist, to_hf) == (1, 1)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert_")]
+    assert len(errors) == 2, errors
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good"]
+
+
 def test_tools(models, tmp_path, capsys):
     model = str(models("qwen3"))
     to_dist, to_hf, run_to_hf = (

@@ -63,7 +63,10 @@ def test_what_would_change_the_maths_is_refused(changes, text):
 
 
 def test_no_config_json(tmp_path):
-    with pytest.raises(DataError, match="config.json"):
+    with pytest.raises(DataError, match="config.json, found none"):
+        load_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match="config.json: expected JSON"):
         load_shape(tmp_path)
 
 

@@ -56,7 +56,10 @@ def read_config(path: str | Path) -> dict:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise DataError(f"{path}: expected an HF model directory with config.json, found none")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file}: expected JSON, got something else: {error}") from error
 
 
 def load_shape(path: str | Path) -> ModelShape:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from slime.backends.megatron_utils.hf_config import read_config
 from ta_opd.errors import DataError
@@ -46,7 +46,10 @@ class HFReader:
 
     def _index(self) -> dict[str, str]:
         if (self.path / INDEX).is_file():
-            weight_map = json.loads((self.path / INDEX).read_text())["weight_map"]
+            try:
+                weight_map = json.loads((self.path / INDEX).read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise DataError(f"{self.path / INDEX}: expected JSON with a weight_map, got something else: {error!r}") from error
             missing = sorted({f for f in weight_map.values() if not (self.path / f).is_file()})
             if missing:
                 raise DataError(f"{self.path}: {INDEX} names files that are not there: {', '.join(missing)}")
@@ -56,8 +59,7 @@ class HFReader:
             raise DataError(f"{self.path}: expected safetensors weights ({SINGLE} or {INDEX}), found none")
         names = {}
         for file in files:
-            with safe_open(file, "pt") as f:
-                names.update(dict.fromkeys(f.keys(), file.name))
+            names.update(dict.fromkeys(_open(file).keys(), file.name))
         return names
 
     def names(self) -> list[str]:
@@ -72,8 +74,11 @@ class HFReader:
         if file is None:
             raise DataError(f"{self.path}: tensor {name!r} is missing; the directory is incomplete or of another model type")
         if self._opened is None or self._opened[0] != file or self._left < 0:
-            self._opened, self._left = (file, safe_open(self.path / file, "pt")), MAPPED_BYTES
-        part = self._opened[1].get_slice(name)
+            self._opened, self._left = (file, _open(self.path / file)), MAPPED_BYTES
+        try:
+            part = self._opened[1].get_slice(name)
+        except SafetensorError as error:
+            raise DataError(f"{self.path}: {INDEX} says that {name!r} is in {file}, which does not hold it") from error
         self._left -= math.prod(part.get_shape()) * 2
         return part
 
@@ -82,6 +87,14 @@ class HFReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.slice(name).get_shape())
+
+
+def _open(file: Path) -> safe_open:
+    """Raises DataError where the file is not a whole safetensors file."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: cannot be read as safetensors ({error}); an incomplete download? Fetch it again") from error
 
 
 class HFWriter:

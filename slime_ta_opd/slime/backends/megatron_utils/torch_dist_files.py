@@ -81,8 +81,12 @@ class TorchDistReader:
         info = self._where.get(key, {}).get(torch.Size(chunk.offsets))
         if info is None or not (self.path / info.relative_path).is_file():
             raise DataError(f"{self.path}: the file that holds {key} at {tuple(chunk.offsets)} is missing")
-        with open(self.path / info.relative_path, "rb") as file:
-            return torch.load(_Window(file, info.offset, info.length), map_location="cpu", weights_only=True)
+        try:
+            with open(self.path / info.relative_path, "rb") as file:
+                return torch.load(_Window(file, info.offset, info.length), map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{self.path / info.relative_path}: {key} cannot be read ({reason}); the file is cut off or damaged") from error
 
 
 class _Window:
@@ -143,7 +147,10 @@ class TorchDistWriter:
         if self._file is None or self._file.tell() >= self._file_bytes:
             self._next_file()
         start = self._file.tell()
-        torch.save(tensor, self._file)
+        try:
+            torch.save(tensor, self._file)
+        except RuntimeError as error:  # torch's complaint about its archive hides why it could not be written
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         info = _StorageInfo(relative_path=self._name, offset=start, length=self._file.tell() - start)
         self._where[MetadataIndex(key, offset)] = info
 
