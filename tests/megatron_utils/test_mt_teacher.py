@@ -30,6 +30,22 @@ def test_full_losses(pool, models, references, layout, loss):
     compare(results, references("qwen3", tied, loss, lr=LR, teacher=teacher))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tp2_cp2_sp", "tp2_pp2"])
+def test_few_rows_in_the_last_layers_of_both_models(pool, models, references, layout):
+    """Rows few enough for queries of their own, in the student's and in the teacher's last layer."""
+    import mt_reference
+    import mt_tiny
+
+    batch, teacher = mt_tiny.make_data(seed=11, kept=0.12), str(models("qwen3", **TEACHER))
+    results = pool.run(
+        "train", model=models("qwen3"), data=batch, opd_loss_type="full_reverse_kl", lr=LR, opd_type="megatron", opd_teacher_load=teacher,
+        max_tokens_per_gpu=200, **LAYOUTS[layout],
+    )  # fmt: skip
+    assert any(r["row_queries"] for r in results)
+    compare(results, mt_reference.run(models("qwen3"), batch, "full_reverse_kl", lr=LR, teacher=mt_reference.load(teacher)))
+
+
 def dense_statistics(student, teacher, batch, i) -> dict:
     import mt_reference
     import torch

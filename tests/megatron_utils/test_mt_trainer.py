@@ -206,6 +206,28 @@ def test_nan_loss_is_not_applied(pool, models, tmp_path, layout):
         assert result["error"] is None and result["metrics"]["steps_skipped"] == 1.0 and result["changed"] == []
 
 
+def test_a_gradient_that_overflows_is_not_applied(pool, models, tmp_path):
+    """The loss is finite, its gradient's norm is not: nothing says which sample, so all of the step are kept."""
+    batch = copy.deepcopy(data())
+    batch["teacher_log_probs"][2][:] = 1e25
+    common = dict(model=models("qwen3"), data=batch, opd_loss_type="sampled_reverse_kl", output_dir=str(tmp_path))
+    (result,) = pool.run("train_not_finite", 1, **common)
+    assert result["error"][0] == "NumericsError" and "gradient norm inf" in result["error"][1]
+    assert result["changed"] == [] and len(list((tmp_path / "not_finite").iterdir())) == len(batch["tokens"])
+
+
+def test_a_skipped_step_leaves_nothing_behind(pool, models, tmp_path):
+    """A step with a NaN and then a good one, skipping: the weights are those of the good step alone."""
+    bad = copy.deepcopy(data())
+    bad["teacher_log_probs"][1][int(np.flatnonzero(bad["opd_weights"][1])[0])] = np.nan
+    common = dict(model=models("qwen3", True), opd_loss_type="sampled_reverse_kl", output_dir=str(tmp_path), skip_nan_steps=True)
+    both = pool.run("train_lists", 1, batches=[bad, data()], **common)[0]
+    alone = pool.run("train_lists", 1, batches=[data()], **common)[0]
+    assert [m["steps_skipped"] for m in both["metrics"]] == [1.0, 0.0]
+    for name, expected in alone["weights"].items():
+        np.testing.assert_array_equal(both["weights"][name], expected, err_msg=name)
+
+
 def test_a_step_without_kept_tokens_changes_nothing_but_decay(pool, models):
     import mt_tiny
 
