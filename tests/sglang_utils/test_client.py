@@ -257,3 +257,37 @@ def test_unknown_teacher_is_refused():
 def test_no_url():
     with pytest.raises(ConfigError, match="at least one"):
         SGLangClient([])
+
+
+def test_requests_follow_a_replica_that_was_started_again_elsewhere(fake):
+    old, new = fake(), fake()
+    old.stop()
+    client = connect(old, wait_timeout=30)
+
+    async def ask():
+        waiting = asyncio.ensure_future(client.score(IDS, 3))
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        client.move(old.url, new.url)
+        client.back(new.url)
+        return await asyncio.wait_for(waiting, 10)
+
+    assert len(loop.run(ask()).log_probs) == 3
+    assert client.urls == [new.url] and len(new.requests) == 1
+    client.close()
+
+
+def test_nobody_waits_for_servers_that_are_gone_for_good(fake):
+    server = fake()
+    server.stop()
+    client = connect(server, wait_timeout=600)
+
+    async def ask():
+        waiting = asyncio.ensure_future(client.score(IDS, 3))
+        await asyncio.sleep(0.3)
+        client.gone = "every engine of this run died"
+        await asyncio.wait_for(waiting, 10)
+
+    with pytest.raises(ServiceError, match="every engine of this run died"):
+        loop.run(ask())
+    client.close()
