@@ -299,7 +299,7 @@ class Bench:
     def router(self) -> None:
         """Two engines, 8 samples a prompt: our own balancing (fewest in flight) against sglang-router in front.
 
-        affine: our client with all samples of a prompt sent to one engine, prompts taking turns.
+        one engine a prompt: what rollouts do, samples of a prompt stay together as long as the load allows.
         """
         from slime.backends.sglang_utils.router import Router
 
@@ -311,7 +311,7 @@ class Bench:
         self.servers.append(second)
         urls = [self.servers[0].url, second.start().wait_ready(900).url]
         prompts = [self.rng.integers(300, args.student_config["vocab_size"], self.o.prompt_len).tolist() for _ in range(max(2, self.o.prompts // samples))]
-        for policy in ("own balancing", "own balancing, affine", "router cache_aware", "router round_robin"):
+        for policy in ("own, one engine a prompt", "own, fewest in flight", "router cache_aware", "router round_robin"):
             router = None
             if policy.startswith("router"):
                 router = Router((None, None), self.folder / "router.log", policy=policy.split()[1]).start()
@@ -321,7 +321,7 @@ class Bench:
             best = None
             for turn in range(self.o.repeats + 1):  # the first one warms up
                 loop.run(client.flush_cache())
-                calls = [client.generate(p, {**params, "sampling_seed": 100 * i + j}, 16, prefer=urls[i % 2] if policy.endswith("affine") else None)
+                calls = [client.generate(p, {**params, "sampling_seed": 100 * i + j}, 16, key=i if "prompt" in policy else None)
                          for i, p in enumerate(prompts) for j in range(samples)]  # fmt: skip
                 seconds, replies = timed(gather(calls))
                 cached = sum(r.cached_tokens for r in replies) / (len(replies) * self.o.prompt_len)

@@ -39,7 +39,7 @@ class FakeModel:
         self.calls.append((kind, seen))
         return self.hook(kind, len(self.calls)) if self.hook else None
 
-    async def generate(self, input_ids, params, top_k=0, *, log_probs=True, prefer=None):
+    async def generate(self, input_ids, params, top_k=0, *, log_probs=True, prefer=None, key=None):
         finish = self._call("generate", top_k=top_k, log_probs=log_probs, params=params, ids=list(input_ids)) or "length"
         n = params["max_new_tokens"] if finish != "abort" else max(1, params["max_new_tokens"] // 2)
         await asyncio.sleep(self.delay * (1 + params["sampling_seed"] % 3))

@@ -60,13 +60,14 @@ async def sample_response(
     `stopping()` true: an aborted response is left as it is, with status ABORTED.
     """
     params = {**params, "sampling_seed": sampling_seed(args.rollout_seed, sample.index or 0, evaluation)}
+    prompt = hash(tuple(sample.tokens[: sample.prompt_length]))
     empty = 0
     while sample.status in (Sample.Status.PENDING, Sample.Status.ABORTED) and not stopping():
         room = room_for(args, sample, max_response_len)
         if room <= 0:
             sample.status = Sample.Status.TRUNCATED
             return
-        reply = await client.generate(sample.tokens, {**params, "max_new_tokens": room}, top_k, log_probs=not evaluation)
+        reply = await client.generate(sample.tokens, {**params, "max_new_tokens": room}, top_k, log_probs=not evaluation, key=prompt)
         append_reply(sample, reply, top_k)
         if sample.status is Sample.Status.ABORTED and not stopping():
             empty = 0 if reply.output_ids else empty + 1

@@ -104,6 +104,7 @@ class SGLangClient(Controls):
     @weight_version.setter
     def weight_version(self, version: str | None) -> None:
         self._weight_version = version
+        self.replicas.forget_prompts()
         for replica in self.replicas.all:
             replica.stale = False
 
@@ -130,8 +131,11 @@ class SGLangClient(Controls):
         *,
         log_probs: bool = True,
         prefer: str | None = None,
+        key: int | None = None,
     ) -> wire.GenerateReply:
         """Samples one response. finish_reason "abort" means that the server was told to stop and returned what it had.
+
+        key: the same for requests of one prompt, which then go to one replica where the load allows.
 
         DataError for ids outside the vocabulary (before sending) or a request the server refuses; ServiceError when no
         replica answers properly.
@@ -139,7 +143,7 @@ class SGLangClient(Controls):
         self._check_ids(input_ids)
         payload = wire.generate_payload(input_ids, sampling_params, top_k, log_probs)
         parse = functools.partial(self._parse_generate, top_k=top_k, log_probs=log_probs)
-        return await self._request("/generate", payload, parse, prefer=prefer)
+        return await self._request("/generate", payload, parse, prefer=prefer, key=key)
 
     async def score(
         self,
@@ -189,12 +193,14 @@ class SGLangClient(Controls):
         except orjson.JSONDecodeError:
             return raw.decode("utf-8", "replace")
 
-    async def _request(self, path: str, payload: dict, parse: Callable[[bytes], T], prefer: str | None = None) -> T:
+    async def _request(
+        self, path: str, payload: dict, parse: Callable[[bytes], T], prefer: str | None = None, key: int | None = None
+    ) -> T:
         """Sends until a proper reply is parsed. See the class for what bounds it."""
         async with self._ensure_gate():
             away, bad_answers, last, problem = None, 0, None, "no replica is reachable"
             while True:
-                replica = self.replicas.pick(avoid=last, prefer=prefer or self.router)
+                replica = self.replicas.pick(avoid=last, prefer=prefer or self.router, key=key)
                 if replica is None:
                     if all(r.stale for r in self.replicas.all):
                         raise StaleWeights(f"{self.name}: every replica serves former weights; sync them first ({problem})")

@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0
+# Requests of one prompt stay together while their replica has at most this many more in flight than another one has
+_MORE_SHARE, _MORE = 0.5, 16
+_MOST_PROMPTS = 100_000
 
 
 @dataclass
@@ -32,11 +35,13 @@ class Replicas:
     def __init__(self, urls: list[str]):
         self.all = [Replica(url) for url in urls]
         self._turn = 0
+        self._homes: dict[int, Replica] = {}  # where a prompt was sent: that replica has it in its cache
 
-    def pick(self, avoid: Replica | None = None, prefer: str | None = None) -> Replica | None:
+    def pick(self, avoid: Replica | None = None, prefer: str | None = None, key: int | None = None) -> Replica | None:
         """The healthy replica with the fewest requests in flight (taking turns among equals); None when all are away.
 
-        `prefer` is taken if it is healthy; `avoid` only if nothing else is.
+        `prefer` is taken if it is healthy; `avoid` only if nothing else is. Requests of one `key` go to one replica as long as
+        that does not leave the others idle.
         """
         now = time.monotonic()
         healthy = [r for r in self.all if r.down_until <= now and not r.stale]
@@ -49,7 +54,20 @@ class Replicas:
             return None
         self._turn += 1
         start = self._turn % len(choice)
-        return min(choice[start:] + choice[:start], key=lambda r: r.in_flight)
+        least = min(choice[start:] + choice[:start], key=lambda r: r.in_flight)
+        if key is None:
+            return least
+        home = self._homes.get(key)
+        if any(r is home for r in choice) and home.in_flight <= (1 + _MORE_SHARE) * least.in_flight + _MORE:
+            return home
+        if len(self._homes) >= _MOST_PROMPTS:
+            self._homes.clear()
+        self._homes[key] = least
+        return least
+
+    def forget_prompts(self) -> None:
+        """The replicas' caches are empty."""
+        self._homes.clear()
 
     def next_try(self) -> float:
         """Seconds until some replica may be asked again."""
