@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from slime.planning.layout import MODES, Layout, Servers, Split
+from slime.planning.layout import MODES, SEARCHED, Layout, Servers, Split
 from slime.planning.models import load_model
 from slime.planning.predict import Machine, Prediction, Task, predict
 from slime.planning.rates import load_rates
@@ -86,7 +86,7 @@ def task_of(args) -> Task:
 def plan(args) -> tuple[Task, Prediction]:
     task = task_of(args)
     if not args.layout:
-        return task, best_plan(task, (args.mode,) if args.mode else MODES)
+        return task, best_plan(task, (args.mode,) if args.mode else SEARCHED)
     layout = Layout(*_numbers("--layout", args.layout, ",", 4))
     servers = (Servers(*_numbers(flag, text, "x", 2)) for flag, text in (("--student-servers", args.student_servers), ("--teacher-servers", args.teacher_servers)))
     split = Split(args.mode or "colocated", layout, *servers)

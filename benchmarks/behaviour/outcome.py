@@ -28,8 +28,6 @@ from ta_opd.fixed_context.join import join_baseline
 from ta_opd.fixed_context.sampling import SamplingConfig, sample_bank
 from ta_opd.fixed_context.scoring import ScoringConfig, score_contexts
 from ta_opd.fixed_context.tables import write_table
-from ta_opd.report.build import Options, build_report
-from ta_opd.report.loading import FIXED_CONTEXT_FILE
 
 SHOWN = ("full", "random", "entropy", "divergence", "tip", "compatibility", "dlearn_high", "ca_softor", "q3")
 REGRESSED = ("full", "dlearn_high", "entropy")
@@ -187,6 +185,9 @@ def regressions(frozen: Frozen, states: dict[str, dict], best: pd.DataFrame, dev
 
 def report(folder: Path, best: pd.DataFrame, rollouts: pd.DataFrame, tables: dict[str, pd.DataFrame], start: dict, facts: dict, size: Size) -> Path | None:
     """The project's report of the runs at 10 % (or the middle budget) and full supervision, of the last loss."""
+    from ta_opd.report.build import Options, build_report
+    from ta_opd.report.loading import FIXED_CONTEXT_FILE
+
     budget, loss = sorted(size.budgets)[len(size.budgets) // 2], size.losses[-1]
     chosen = best[(best["loss"] == loss) & best["selector"].isin(SHOWN) & best["budget"].isin((budget, 1.0))]
     if chosen.empty:

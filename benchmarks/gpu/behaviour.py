@@ -123,14 +123,19 @@ class Session:
         arms = outcome.arm_table(best)
         arms.to_csv(self.folder / "arms.csv", index=False, float_format="%.6g")
         outcome.picture(arms, self.start, self.folder / "arms.png")
-        summary, coefficients, tables = outcome.regressions(self.frozen, states, best, self.device, say)
-        summary.to_csv(self.folder / "regression.csv", index=False, float_format="%.6g")
-        coefficients.to_csv(self.folder / "regression_coefficients.csv", index=False, float_format="%.6g")
-        page = outcome.report(self.folder, best, steps, tables, self.start, self.facts, self.size)
+        tables, page, left_out = {}, None, []
+        try:  # a machine for training may lack statsmodels or jinja2: the tables above are worth having all the same
+            summary, coefficients, tables = outcome.regressions(self.frozen, states, best, self.device, say)
+            summary.to_csv(self.folder / "regression.csv", index=False, float_format="%.6g")
+            coefficients.to_csv(self.folder / "regression_coefficients.csv", index=False, float_format="%.6g")
+            page = outcome.report(self.folder, best, steps, tables, self.start, self.facts, self.size)
+        except ImportError as error:
+            left_out.append(f"regression or report: {error}")
+            say(f"left out: {left_out[-1]}")
         last = steps[steps["rollout"] == 0]
         result = {"complete": complete, "runs": len(table), "of": len(plan.runs(self.size)), "models": self.facts, "start": self.start,
                   "compatibility_sd": float(last["Cmass_sd"].mean()), "mean_compatibility": float(last["Cmass"].mean()), "sentences": outcome.sentences(arms),
-                  "report": str(page) if page else None, "seconds_training_and_measuring": seconds}  # fmt: skip
+                  "report": str(page) if page else None, "left_out": left_out, "seconds_training_and_measuring": seconds}  # fmt: skip
         print("\n".join(["", arms.to_string(max_rows=60, float_format="%.4f"), "", *result["sentences"]]))
         return result
 

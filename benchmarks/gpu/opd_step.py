@@ -44,6 +44,7 @@ TOPOLOGIES = {
     "tp2": [*SHARED, "--actor-num-gpus-per-node", "2", *TP2, "--rollout-num-gpus", "2", "--teacher-num-gpus", "2"],
     "four": [*SHARED, "--actor-num-gpus-per-node", "4", *TP2, "--use-distributed-optimizer", "--rollout-num-gpus", "4", "--teacher-num-gpus", "4"],
 }
+GPUS = {"one": 1, "apart": 2, "tp2": 2, "four": 4}
 STOCK = ["--opd-profile", "released", "--opd-loss-rows", "all", "--score-after-generation", "--score-whole-sequence"]
 TINY = {"case": "4x2x32", "student": "tiny", "teacher": "tiny-teacher", "max_tokens": 2048, "k": 8}
 TINY_VOCABULARY, TINY_PROMPT = 512, 16
@@ -78,12 +79,21 @@ def start_teacher(args, out: Path):
     settings = argparse.Namespace(device=args.device, sglang_dtype=None, rollout_batch_size=prompts, n_samples_per_prompt=samples, rollout_seed=42,
                                   teacher_mem_fraction_static=None if cpu else 0.45, request_timeout=600, sglang_host="127.0.0.1", output_dir=str(out),
                                   rollout_max_context_len=context)  # fmt: skip
-    env = {"OMP_NUM_THREADS": "1"} if cpu else {"CUDA_VISIBLE_DEVICES": "1"}
+    env = {"OMP_NUM_THREADS": "1"} if cpu else {"CUDA_VISIBLE_DEVICES": used_gpus(args)[1]}
     server = SGLangServer.for_run(settings, "teacher", f"{args.models}/{args.teacher}", log_file=out / "logs" / "teacher-apart.log", device_env=env)
     server.start()
     server.wait_ready(900)
     memory = [] if cpu else ["--sglang-mem-fraction-static", "0.88"]  # of the whole card, the teacher's part included
     return server, ["--rm-url", f"{server.url}/generate", *memory]
+
+
+def used_gpus(args) -> list[str]:
+    """Ids of the GPUs of this run: the first of those that are visible; none on CPU."""
+    if args.device == "cpu":
+        return []
+    count = GPUS[args.topology]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return visible.split(",")[:count]
 
 
 def prepare_tiny(args) -> None:
@@ -133,7 +143,7 @@ def medians(rows: list[dict]) -> dict[str, float]:
 def utilisation(args, m: dict[str, float], rate: float) -> dict[str, float]:
     """Of the train phase: 6 N a trained token with attention and kept rows (`useful`), and with what recompute adds (`with_recompute`)."""
     student = load_model(f"{args.models}/{args.student}")
-    gpus = {"tp2": 2, "four": 4}.get(args.topology, 1)
+    gpus = 1 if args.topology == "apart" else GPUS[args.topology]  # that train
     samples = m["rollout/samples"]
     done, useful = operations_of(student, m["train/tokens"], m["train/tokens"] / samples, m["train/rows"], recompute=True)
     seconds = {"phase": m["seconds/train"], "steps": m["train/step_seconds"]}
@@ -167,9 +177,12 @@ def summary(args, rows: list[dict], watch: Watch, host: dict) -> dict:
 
 
 def show(result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # a bare GPU machine
+        print(json.dumps({k: result[k] for k in ("seconds", "idle", "utilisation", "trainer_peak_gib", "memory_drift_gib")}, indent=1))
+        return
     total, seconds = result["seconds"]["total"], result["seconds"]
     table = Table(title=f"{result['topology']}, {result['case']}, budget {result['budget']}{', stock' if result['stock'] else ''}: median of {result['steps']} steps")
     for name in ("phase", "seconds", "of the step"):
@@ -239,13 +252,13 @@ def main(argv: list[str] | None = None) -> int:
         prepare_tiny(args)
     host, server = machine(args.device), None
     teacher = ["--teacher-model", f"{args.models}/{args.teacher}"]
-    env = {**os.environ, "STOCK_CHECK": str(out / "stock_check.json")} | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
+    env = {**os.environ, "STOCK_CHECK": str(out / "stock_check.json")} | {"CUDA_VISIBLE_DEVICES": ",".join(used_gpus(args))}
     began = time.time()
     try:
         if args.topology == "apart":
             server, teacher = start_teacher(args, out)
         words = command(args, out, teacher)
-        with Watch() as watch:
+        with Watch(used_gpus(args)) as watch:
             code = subprocess.call(words, cwd=ROOT / "slime_ta_opd", env=env)
     finally:
         if server is not None:

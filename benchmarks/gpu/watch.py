@@ -13,14 +13,18 @@ import psutil
 
 @dataclass
 class Watch:
-    """Context; one sample every `interval` seconds: (time, [share of the last moment with a kernel running], [GiB held])."""
+    """Context; one sample every `interval` seconds: (time, [share of the last moment with a kernel running], [GiB held]).
 
+    gpus: ids to watch, of all that the machine has; empty for this process's children.
+    """
+
+    gpus: list[str] = field(default_factory=list)
     interval: float = 0.25
     samples: list[tuple[float, list[float], list[float]]] = field(default_factory=list)
 
     def __enter__(self) -> Watch:
         self._stop = threading.Event()
-        work = self._gpus if shutil.which("nvidia-smi") else self._children
+        work = self._gpus if self.gpus and shutil.which("nvidia-smi") else self._children
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
         return self
@@ -30,7 +34,7 @@ class Watch:
         self._thread.join(5)
 
     def _gpus(self) -> None:
-        words = ["nvidia-smi", "--query-gpu=index,utilization.gpu,memory.used", "--format=csv,noheader,nounits", f"--loop-ms={int(self.interval * 1e3)}"]
+        words = ["nvidia-smi", f"--id={','.join(self.gpus)}", "--query-gpu=index,utilization.gpu,memory.used", "--format=csv,noheader,nounits", f"--loop-ms={int(self.interval * 1e3)}"]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         threading.Thread(target=lambda: (self._stop.wait(), process.terminate()), daemon=True).start()
         row: dict[int, tuple[float, float]] = {}

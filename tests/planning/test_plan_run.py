@@ -192,6 +192,18 @@ def test_the_middle_is_named_when_it_is_full(rates):
     assert "batch-wide statistics and mask" in names
 
 
+def test_both_servers_on_one_gpu_and_the_trainer_on_the_other(rates):
+    """Topology `apart` of benchmarks/gpu/opd_step.py."""
+    job = task(rates, 2)
+    beside = predict(job, Split("servers apart", Layout(), Servers(1, 1), Servers(1, 1)))
+    one = predict(task(rates, 1), Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+    assert beside.fits and beside.split.gpus == 2
+    assert beside.seconds["generate"] == pytest.approx(one.seconds["generate"]) and beside.seconds["train"] <= one.seconds["train"]
+    assert beside.busy < one.busy
+    with pytest.raises(ConfigError, match="on the student's GPUs"):
+        Split("servers apart", Layout(), Servers(1, 1), Servers(2, 1))
+
+
 def test_lengths_that_differ_hide_scoring(rates):
     split = Split("apart", Layout(dp=2), Servers(2, 1), Servers(2, 1))
     equal, spread = (predict(task(rates, 6, response_mean=m), split) for m in (None, 700.0))

@@ -9,7 +9,8 @@ from slime.backends.megatron_utils.hf_config import check_layout
 from slime.planning.models import Model
 from ta_opd.errors import ConfigError
 
-MODES = ("colocated", "teacher apart", "apart")
+SEARCHED = ("colocated", "teacher apart", "apart")
+MODES = (*SEARCHED, "servers apart")  # the last: both servers on the same GPUs, the trainer on others; a running teacher is given by --rm-url
 # Sizes that are tried. A fixed grid: a plan for more GPUs may always use that of fewer, so more are never slower.
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1536, 2048, 3072, 4096)
 TENSOR, PIPELINE, CONTEXT = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
@@ -59,16 +60,29 @@ class Split:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
-        shared = [("student", self.student, self.mode != "apart"), ("teacher", self.teacher, self.mode == "colocated")]
-        for name, servers, on_trainer in shared:
+        for name, servers in (("student", self.student), ("teacher", self.teacher)):
             if min(servers.count, servers.tp) < 1:
                 raise ConfigError(f"{name} servers: expected at least one of at least one GPU, got {servers}")
-            if on_trainer and servers.gpus > self.trainer.gpus:
-                raise ConfigError(f"{name} servers on the trainer's GPUs: expected at most its {self.trainer.gpus} GPUs, got {servers.gpus}")
+        hosts = {"student": self.trainer if self.student_on_trainer else None,
+                 "teacher": self.trainer if self.mode == "colocated" else self.student if self.servers_share else None}  # fmt: skip
+        for name, servers in (("student", self.student), ("teacher", self.teacher)):
+            host = hosts[name]
+            if host is not None and servers.gpus > host.gpus:
+                where = "trainer's" if host is self.trainer else "student's"
+                raise ConfigError(f"{name} servers on the {where} GPUs: expected at most its {host.gpus} GPUs, got {servers.gpus}")
+
+    @property
+    def student_on_trainer(self) -> bool:
+        return self.mode in ("colocated", "teacher apart")
+
+    @property
+    def servers_share(self) -> bool:
+        """Whether the teacher is on the student's GPUs."""
+        return self.mode in ("colocated", "servers apart")
 
     @property
     def gpus(self) -> int:
-        extra = {"colocated": 0, "teacher apart": self.teacher.gpus, "apart": self.teacher.gpus + self.student.gpus}
+        extra = {"colocated": 0, "teacher apart": self.teacher.gpus, "apart": self.teacher.gpus + self.student.gpus, "servers apart": self.student.gpus}
         return self.trainer.gpus + extra[self.mode]
 
 

@@ -101,7 +101,7 @@ def sync_seconds(task: Task, split: Split) -> float:
     gather = 0.0
     if split.trainer.tp * split.trainer.pp > 1:
         gather = size / (gpu.nvlink if split.trainer.tp * split.trainer.pp <= task.machine.per_node else gpu.network)
-    if split.mode == "apart":
+    if not split.student_on_trainer:
         link = gpu.nvlink if split.gpus <= task.machine.per_node else gpu.network
         return gather + size / min(link, rates["sync_copy_bytes"])
     spread = size / (gpu.nvlink if split.trainer.gpus <= task.machine.per_node else gpu.network) if split.trainer.gpus > 1 else 0.0
@@ -119,15 +119,15 @@ def room(task: Task, split: Split) -> tuple[TrainerMemory | None, float, float, 
     student_least = memory.SEQUENCES_HELD * task.work.longest * student_unit
     teacher_least = task.work.longest * teacher_unit
     on_trainer = 0.0
-    if split.mode != "apart":
+    if split.student_on_trainer:
         on_trainer += student_weights + reserve + student_least
     if split.mode == "colocated":
         on_trainer += teacher_weights + reserve + teacher_least
     trainer = memory.best_trainer_memory(task.student, split.trainer, task.work, rates, usable - on_trainer)
     held = trainer.total if trainer else memory.trainer_memory(task.student, split.trainer, task.work, rates, task.work.max_tokens or 4096).total
-    left_student = usable - student_weights - reserve - (held if split.mode != "apart" else 0.0)
+    left_student = usable - student_weights - reserve - (held if split.student_on_trainer else 0.0)
     left_teacher = usable - teacher_weights - reserve
-    if split.mode == "colocated":
+    if split.servers_share:
         both = left_student - teacher_weights - reserve
         left_teacher = max(teacher_least, _CACHE_FOR_TEACHER * both)
         left_student = both - left_teacher
@@ -158,7 +158,7 @@ def predict(task: Task, split: Split) -> Prediction:
     score = serving.score_seconds(task.teacher, split.teacher, work, gpu, rates)
     tokens = trainer.tokens if trainer else work.max_tokens or 4096
     train = training.train_seconds(task.student, split.trainer, work, gpu, rates, tokens, task.machine.per_node)
-    after, added = serving.not_hidden(generate, score, work, split.mode == "colocated")
+    after, added = serving.not_hidden(generate, score, work, split.servers_share)
     between = middle(task)
     seconds = {"generate": max(generate.wall + added, between.parse), "score": after, "select": between.select, "split": between.split,
                "train": train.total, "sync": sync_seconds(task, split)}  # fmt: skip
@@ -169,7 +169,7 @@ def predict(task: Task, split: Split) -> Prediction:
 
 
 def _others(split: Split, roles: dict[str, float]) -> float:
-    names = {"colocated": ("student", "teacher"), "teacher apart": ("student",), "apart": ()}[split.mode]
+    names = {"colocated": ("student", "teacher"), "teacher apart": ("student",)}.get(split.mode, ())
     return sum(roles[n] for n in names)
 
 

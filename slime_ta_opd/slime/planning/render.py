@@ -58,7 +58,7 @@ def flags(task: Task, prediction: Prediction) -> list[str]:
         words += ["--expert-model-parallel-size", str(layout.ep)]
     if task.work.recompute:
         words += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    words += {"colocated": ["--colocate", "--teacher-colocate"], "teacher apart": ["--colocate"], "apart": []}[p.split.mode]
+    words += {"colocated": ["--colocate", "--teacher-colocate"], "teacher apart": ["--colocate"], "apart": [], "servers apart": ["--rm-url", "URL"]}[p.split.mode]
     return words
 
 
@@ -85,7 +85,8 @@ def show(task: Task, prediction: Prediction, console) -> None:
     for name in ("role", "layout", "GPUs", "GiB a GPU"):
         where.add_column(name, justify="left" if name in ("role", "layout") else "right")
     where.add_row("trainer", f"{p.split.trainer}, micro-batches of {p.trainer.tokens:,} tokens", str(p.split.trainer.gpus), f"{p.bytes_by_role['trainer'] / GIB:.1f}")
-    note = {"colocated": ("trainer's GPUs", "trainer's GPUs"), "teacher apart": ("trainer's GPUs", "own GPUs"), "apart": ("own GPUs", "own GPUs")}[p.split.mode]
+    note = {"colocated": ("trainer's GPUs", "trainer's GPUs"), "teacher apart": ("trainer's GPUs", "own GPUs"), "apart": ("own GPUs", "own GPUs"),
+            "servers apart": ("own GPUs", "student's GPUs")}[p.split.mode]  # fmt: skip
     where.add_row("student engines", f"{p.split.student}, {note[0]}, {p.generate.running:.0f} responses at once", str(p.split.student.gpus), f"{p.bytes_by_role['student'] / GIB:.1f}")
     where.add_row("teacher servers", f"{p.split.teacher}, {note[1]}", str(p.split.teacher.gpus), f"{p.bytes_by_role['teacher'] / GIB:.1f}")
     console.print(where)
@@ -122,7 +123,7 @@ def _stacked(p: Prediction) -> list[float]:
     """Bytes on a GPU of each kind."""
     b = p.bytes_by_role
     return {"colocated": [b["trainer"] + b["student"] + b["teacher"]], "teacher apart": [b["trainer"] + b["student"], b["teacher"]],
-            "apart": [b["trainer"], b["student"], b["teacher"]]}[p.split.mode]  # fmt: skip
+            "apart": [b["trainer"], b["student"], b["teacher"]], "servers apart": [b["trainer"], b["student"] + b["teacher"]]}[p.split.mode]  # fmt: skip
 
 
 def markdown_limits(task: Task, prediction: Prediction) -> list[str]:

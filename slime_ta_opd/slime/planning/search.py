@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from slime.planning import memory
-from slime.planning.layout import GRID, MODES, Layout, Servers, Split, layouts, server_sizes
+from slime.planning.layout import GRID, MODES, SEARCHED, Layout, Servers, Split, layouts, server_sizes
 from slime.planning.predict import Prediction, Task, predict, trainer_layouts
 from ta_opd.errors import ConfigError
 
 LAYOUTS_TRIED = 6  # of the fastest layouts of a trainer's size, where memory refuses the first ones
 
 
-def best_plan(task: Task, modes: tuple[str, ...] = MODES) -> Prediction:
+def best_plan(task: Task, modes: tuple[str, ...] = SEARCHED) -> Prediction:
     """The best prediction. Raises ConfigError that names the nearest misfits where nothing fits."""
     found: list[Prediction] = []
     misfits: list[Prediction] = []
@@ -48,10 +48,13 @@ def _splits(task: Task, mode: str):
                         yield Split(mode, layout, Servers(student[1], student[0]), Servers(teacher[1], teacher[0]))
         return
     for size in sizes:
-        best = trainers[size][:2] if mode == "apart" else trainers[size]
-        for layout in best:
-            for student in _widest(students, size) if mode == "teacher apart" else students:
-                left = total - size - (student[0] * student[1] if mode == "apart" else 0)
+        own = mode != "teacher apart"  # the student's engines have GPUs of their own
+        for layout in trainers[size][:2] if own else trainers[size]:
+            for student in students if own else _widest(students, size):
+                taken = student[0] * student[1]
+                left = total - size - (taken if own else 0)
+                if mode == "servers apart":
+                    left = taken if left >= 0 else 0
                 for teacher in _widest(teachers, left) if left > 0 else []:
                     yield Split(mode, layout, Servers(student[1], student[0]), Servers(teacher[1], teacher[0]))
 
