@@ -7,7 +7,7 @@ import torch
 
 from slime.backends.megatron_utils.attention import row_attention, segment_attention
 from slime.backends.megatron_utils.last_layer import swiglu
-from slime.backends.megatron_utils.packing import Parallel, choose_rows, pack
+from slime.backends.megatron_utils.packing import Parallel, _row_queries, choose_rows, pack
 
 
 def batches(cp: int, last_layer: str = "kept", kept: float = 0.12):
@@ -27,13 +27,14 @@ def test_rows_attend_as_they_do_among_all(cp):
         if layout.row_queries is None:
             continue
         seen += 1
-        rows = layout.last_layer_rows
+        rows = layout.last_layer_rows[torch.randperm(layout.last_layer_rows.numel(), generator=torch.Generator().manual_seed(1))]
+        queries = _row_queries(rows.numpy(), layout.cu_seqlens_q.numpy(), layout.cu_seqlens_kv.numpy(), "cpu")
         tokens, keys = int(layout.cu_seqlens_q[-1]), int(layout.cu_seqlens_kv[-1])
         g = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(n, h, 8, generator=g, requires_grad=True) for n, h in ((tokens, 4), (keys, 2), (keys, 2)))
         bounds = (layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv)
         expected = segment_attention(q, k, v, *bounds, 0.3)[rows]
-        found = row_attention(q[rows], k, v, layout.row_queries, 0.3)
+        found = row_attention(q[rows], k, v, queries, 0.3)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         weight = torch.randn(expected.shape, generator=g)
         for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, expected)), strict=True):
