@@ -147,7 +147,7 @@ def _sglang(parser):
     g.add_argument("--sglang-dtype", help="dtype of the engines; default bfloat16 on GPU, float32 on CPU")
     g.add_argument("--sglang-passthrough", nargs="*", default=[], help=argparse.SUPPRESS)  # filled by parse, kept in config.yaml
     g.add_argument("--sglang-host", default="127.0.0.1", help="address that servers bind to")
-    g.add_argument("--sglang-api-key", help="key of the servers; made up when they bind to another address than loopback")
+    g.add_argument("--sglang-api-key", help="key of the servers; better in the environment as SLIME_SGLANG_API_KEY; made up when they bind to another address than loopback")
     g.add_argument("--use-sglang-router", action="store_true", help="start sglang-router in front of several student engines")
     g.add_argument("--sglang-router-ip", help="address of a running router for the student's requests; engines are added to it")
     g.add_argument("--sglang-router-port", type=int, help="its port; alone: port of the router that is started, default a free one")

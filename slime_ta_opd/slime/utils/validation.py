@@ -9,11 +9,13 @@ import argparse
 import difflib
 import importlib.util
 import json
+import os
 import secrets
 from pathlib import Path
 
 import torch
 
+from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, hide
 from slime.backends.sglang_utils.server import check_port, is_loopback
 from slime.observability.trackers import check_wandb
 from slime.rollout.data_source import PromptDataSource
@@ -31,6 +33,9 @@ def validate(args: argparse.Namespace) -> argparse.Namespace:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.output_dir is None:
         args.output_dir = str(Path("outputs") / args.run_name)
+    if args.sglang_api_key is not None:
+        hide(args.sglang_api_key)
+    args.sglang_api_key = args.sglang_api_key or os.environ.get(API_KEY_VARIABLE)
     if args.sglang_api_key is None and not is_loopback(args.sglang_host):
         args.sglang_api_key = secrets.token_urlsafe(24)
     _models(args)

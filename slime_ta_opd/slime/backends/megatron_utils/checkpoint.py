@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save_state_dict
+from torch.distributed.checkpoint import FileSystemWriter, save_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
 from slime.backends.megatron_utils.distributed import first_error
 from slime.backends.megatron_utils.model import unwrap
 from slime.backends.megatron_utils.optimizer import Optimizer
+from slime.backends.megatron_utils.untrusted import only_weights, read_metadata
 from slime.utils.config_file import SECRETS
 from ta_opd.errors import ConfigError, DataError, ServiceError
 
@@ -168,7 +170,7 @@ def load(found: Found, model, optimizer: Optimizer | None, *, random_state: bool
     common = read_common(found)
     ours = common.get("ta_opd", {})
     with_optimizer = optimizer is not None and bool(ours.get("optimizer"))
-    stacked = STACKED_KEY in FileSystemReader(path).read_metadata().state_dict_metadata
+    stacked = STACKED_KEY in read_metadata(path).state_dict_metadata
     state = _model_state(model, stacked)
     same_layout = random_state and ours.get("layout") == layout()
     if same_layout:
@@ -176,7 +178,8 @@ def load(found: Found, model, optimizer: Optimizer | None, *, random_state: bool
     if with_optimizer:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], _metadata(stacked), is_loading=True)
     try:
-        loaded = dist_checkpointing.load(state, path)
+        with only_weights():
+            loaded = dist_checkpointing.load(state, path)
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise DataError(f"{path}: the checkpoint does not hold this model: {reason}") from error
@@ -194,7 +197,12 @@ def load(found: Found, model, optimizer: Optimizer | None, *, random_state: bool
 
 def read_common(found: Found) -> dict[str, Any]:
     """What a checkpoint keeps beside tensors: {"ta_opd": {...}, "extra": {...}} for ours, anything for others."""
-    return dist_checkpointing.load_common_state_dict(str(found.path))
+    read_metadata(found.path)  # refuses what is no metadata, before anything else reads it
+    with only_weights():
+        try:
+            return dist_checkpointing.load_common_state_dict(str(found.path))
+        except (pickle.UnpicklingError, CheckpointingException) as error:
+            raise DataError(f"{found.path / 'common.pt'}: refused: {str(error).splitlines()[0]}") from None
 
 
 def layout() -> dict[str, int]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from slime.backends.megatron_utils.untrusted import read_metadata
 from ta_opd.errors import DataError
 
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -37,7 +37,7 @@ class TorchDistReader:
         self.path = Path(path)
         if not (self.path / ".metadata").is_file() or not (self.path / "common.pt").is_file():
             raise DataError(f"{path}: expected a torch_dist checkpoint with .metadata and common.pt, found none")
-        self._metadata = FileSystemReader(self.path).read_metadata()
+        self._metadata = read_metadata(self.path)
         entries = self._metadata.state_dict_metadata
         self._tensors = {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
         self._where: dict[str, dict[torch.Size, _StorageInfo]] = {}

@@ -1,5 +1,7 @@
 """A string that does not show itself."""
 
+import sys
+
 API_KEY_VARIABLE = "SLIME_SGLANG_API_KEY"
 
 
@@ -11,3 +13,11 @@ class Secret(str):
 
     def __reduce__(self):
         return Secret, (str.__str__(self),)
+
+
+def hide(secret: str) -> None:
+    """Takes `secret` out of this process's line in process lists, where it stands among the arguments."""
+    if any(secret in word for word in sys.argv):
+        import setproctitle
+
+        setproctitle.setproctitle(setproctitle.getproctitle().replace(secret, "***"))
