@@ -112,8 +112,8 @@ class Distiller:
         with autocast(self.device):
             hidden = stack.hidden(ids_RBS[:, :, :-1])
         rows = self._rows(ids_RBS, lengths_B)
-        with torch.no_grad(), autocast(self.device):
-            student = self._student(stack, hidden.detach(), ids_RBS, rows)
+        with torch.no_grad():
+            student = self._student(stack, hidden.detach(), ids_RBS, rows)  # in float32, as the loss does
         clock = self._mark("forward", clock)
         teacher = self._teacher(ids_RBS, rows)
         clock = self._mark("teacher", clock)
@@ -171,7 +171,7 @@ class Distiller:
 
     def _loss(self, stack: Stack, hidden: Tensor, runs: list[Run], rows, student, teacher, weights) -> tuple[Tensor, list[float]]:
         """Sum over runs of their objectives, each a mean over kept tokens; and each one's value."""
-        totals = []
+        totals, hiddens, heads = [], hidden.unbind(0), stack.heads()
         for i, run in enumerate(runs):
             weight_L = torch.as_tensor(weights[i], device=self.device)
             kept = torch.nonzero(weight_L > 0)[:, 0]
@@ -182,8 +182,8 @@ class Distiller:
                 target_R=s["target"][kept].long(), weight_R=weight_R, factor_R=reduction.factor_R.float(), student_logp_old_R=s["logp"][kept],
                 teacher_logp_R=t["logp"][kept], teacher_ids_RK=t["ids"][kept], teacher_logps_RK=t["logps"][kept],
             )  # fmt: skip
-            rows_Rh = hidden[i].flatten(0, 1)[rows[i][kept]]
-            totals.append(get_loss(run.arm.loss)(rows_Rh.float(), stack.head(i), given, LOSS_ARGS).total)
+            rows_Rh = hiddens[i].flatten(0, 1)[rows[i][kept]]
+            totals.append(get_loss(run.arm.loss)(rows_Rh.float(), heads[i], given, LOSS_ARGS).total)
         return torch.stack(totals).sum(), [float(x) for x in torch.stack(totals).detach()]
 
 

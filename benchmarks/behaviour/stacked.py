@@ -62,6 +62,10 @@ class Stack:
         """[V, h] of one run."""
         return self.weights["embed_tokens.weight"][run]
 
+    def heads(self) -> tuple[Tensor, ...]:
+        """[V, h] of every run; one backward step for all of them."""
+        return self.weights["embed_tokens.weight"].unbind(0)
+
     def hidden(self, ids_RBS: Tensor) -> Tensor:
         """[R, B, S, h] after the last norm; causal, so that padding on the right changes nothing before it."""
         runs, batch, length = ids_RBS.shape

@@ -94,7 +94,9 @@ class Session:
             rows = outcome.measure(stack, runs, self.frozen, self.heldout, self.validation, self.size)
             seconds = time.time() - began
             middle = sorted(self.size.budgets)[len(self.size.budgets) // 2]
-            states = {run.name: stack.state_of(i) for i, run in enumerate(runs) if run.arm.selector in outcome.REGRESSED and run.arm.budget in (1.0, middle)}
+            wanted = [run.arm.budget in (1.0, middle) and (run.arm.selector == "full" or run.arm.selector in outcome.REGRESSED and run.seed == self.size.seeds[0])
+                      for run in runs]  # fmt: skip
+            states = {run.name: stack.state_of(i) for i, run in enumerate(runs) if wanted[i]}
             partial = file.with_suffix(".partial")
             partial.write_bytes(pickle.dumps({"rows": rows, "rollouts": self.distiller.log.rows, "states": states, "seconds": seconds}))
             partial.replace(file)
@@ -104,7 +106,7 @@ class Session:
         return True
 
     def finish(self, complete: bool) -> dict:
-        """Tables, pictures, regression and report of what is done."""
+        """Tables and pictures of what is done; regression and report when that is all."""
         rows, rollouts, states, seconds = [], [], {}, 0.0
         for file in sorted(self.parts.glob("*.pickle")):
             part = pickle.loads(file.read_bytes())
@@ -123,12 +125,13 @@ class Session:
         arms = outcome.arm_table(best)
         arms.to_csv(self.folder / "arms.csv", index=False, float_format="%.6g")
         outcome.picture(arms, self.start, self.folder / "arms.png")
-        tables, page, left_out = {}, None, []
+        tables, page, left_out = {}, None, [] if complete else ["regression and report: made when all groups are done"]
         try:  # a machine for training may lack statsmodels or jinja2: the tables above are worth having all the same
-            summary, coefficients, tables = outcome.regressions(self.frozen, states, best, self.device, say)
-            summary.to_csv(self.folder / "regression.csv", index=False, float_format="%.6g")
-            coefficients.to_csv(self.folder / "regression_coefficients.csv", index=False, float_format="%.6g")
-            page = outcome.report(self.folder, best, steps, tables, self.start, self.facts, self.size)
+            if complete:
+                summary, coefficients, tables = outcome.regressions(self.frozen, states, best, self.device, say)
+                summary.to_csv(self.folder / "regression.csv", index=False, float_format="%.6g")
+                coefficients.to_csv(self.folder / "regression_coefficients.csv", index=False, float_format="%.6g")
+                page = outcome.report(self.folder, best, steps, tables, self.start, self.facts, self.size)
         except ImportError as error:
             left_out.append(f"regression or report: {error}")
             say(f"left out: {left_out[-1]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -198,6 +199,45 @@ def test_full_supervision_moves_towards_the_teacher_and_tokens_are_equal(tmp_pat
     assert abs(first[0]["tokens"] - first[1]["tokens"]) <= 0.5 * first[0]["tokens"] and first[0]["kept"] == first[0]["tokens"]
     assert first[1]["kept"] == pytest.approx(0.3 * first[1]["tokens"], abs=1)
     assert len(solved(Stack.copies(student, 2, "cpu"), problem_sets(TINY)[0], 4)) == 2
+
+
+def gradients(distiller, stack, ids_RBS, lengths_B, runs):
+    parameters = stack.require_grad()
+    hidden = stack.hidden(ids_RBS[:, :, :-1])
+    rows = distiller._rows(ids_RBS, lengths_B)
+    with torch.no_grad():
+        student = distiller._student(stack, hidden.detach(), ids_RBS, rows)
+    teacher = distiller._teacher(ids_RBS, rows)
+    found = distiller._select(runs, 0, rows, student, teacher)
+    total, losses = distiller._loss(stack, hidden, runs, rows, student, teacher, [w for w, _ in found])
+    total.backward()
+    return {n: w.grad for n, w in stack.weights.items()}, losses, len(parameters), rows
+
+
+@pytest.mark.parametrize("loss", TINY.losses)
+def test_a_run_learns_in_a_group_what_it_learns_alone(two, loss):
+    """And the top-K divergence over nearly the whole vocabulary has the gradient of the full reverse KL by autograd."""
+    models, _ = two
+    k = 500 if loss == "topk_reverse_kl" else TINY.k
+    distiller = Distiller(models[1], models[0], replace(TINY, k=k), torch.device("cpu"), set())
+    ids = torch.randint(3, 500, (1, 6, 14), generator=torch.Generator().manual_seed(5)).repeat(2, 1, 1)
+    ids[:, 1, 11], lengths = corpus.END_ID, torch.tensor([4, 5, 6, 4, 5, 6])
+    runs = [plan.Run(plan.Arm(name, budget, loss), 1, 1e-3) for name, budget in (("full", 1.0), ("entropy", 0.3))]
+    together, values, _, _ = gradients(distiller, Stack.copies(models[0], 2, "cpu"), ids, lengths, runs)
+    for i, run in enumerate(runs):
+        alone, value, count, rows = gradients(distiller, Stack.copies(models[0], 1, "cpu"), ids[:1], lengths, [run])
+        assert value[0] == pytest.approx(values[i], rel=1e-5) and count == len(alone)
+        for name, grad in alone.items():
+            torch.testing.assert_close(together[name][i], grad[0], atol=1e-5, rtol=1e-3)
+    assert len(rows[0]) == sum(min(12, 14) if b == 1 else 14 for b in range(6)) - int(lengths.sum())
+    if loss == "topk_reverse_kl":
+        model = models[0]
+        model.zero_grad()
+        s, t = (torch.log_softmax(m(input_ids=ids[0, :, :-1]).logits, -1).flatten(0, 1)[rows[0]] for m in (model, models[1]))
+        (s.exp() * (s - t.detach())).sum(1).mean().backward()
+        full = {n.removeprefix("model."): p.grad for n, p in model.named_parameters()}
+        for name, grad in together.items():
+            torch.testing.assert_close(grad[0], full[name], atol=2e-3, rtol=2e-2)
 
 
 def test_a_tiny_run_gives_tables_pictures_and_goes_on_where_it_stopped(tmp_path, capsys):

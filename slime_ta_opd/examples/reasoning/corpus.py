@@ -206,7 +206,8 @@ def words() -> list[str]:
     return known + [f"<spare_{i}>" for i in range(VOCABULARY - len(known))]
 
 
-IDS = {word: i for i, word in enumerate(words())}
+WORDS = tuple(words())
+IDS = {word: i for i, word in enumerate(WORDS)}
 PAD_ID, END_ID, ANSWER_ID = IDS[PAD], IDS[END], IDS["answer"]
 
 
@@ -223,8 +224,7 @@ def answer_of(ids: Sequence[int]) -> str | None:
     if ANSWER_ID not in ids:
         return None
     last = len(ids) - 1 - ids[::-1].index(ANSWER_ID)
-    known = words()
-    return " ".join(known[i] for i in ids[last + 1 :])
+    return " ".join(WORDS[i] for i in ids[last + 1 :])
 
 
 def build_tokenizer():
