@@ -45,6 +45,8 @@ TOPOLOGIES = {
     "four": [*SHARED, "--actor-num-gpus-per-node", "4", *TP2, "--use-distributed-optimizer", "--rollout-num-gpus", "4", "--teacher-num-gpus", "4"],
 }
 GPUS = {"one": 1, "apart": 2, "tp2": 2, "four": 4}
+# Shares of the memory that is free when a server starts, student before teacher (apart: the teacher first); what is left is the trainer's.
+MEMORY = {"one": (0.40, 0.40), "apart": (0.70, 0.45), "tp2": (0.40, 0.40), "four": (0.40, 0.65)}
 STOCK = ["--opd-profile", "released", "--opd-loss-rows", "all", "--score-after-generation", "--score-whole-sequence"]
 TINY = {"case": "4x2x32", "student": "tiny", "teacher": "tiny-teacher", "max_tokens": 2048, "k": 8}
 TINY_VOCABULARY, TINY_PROMPT = 512, 16
@@ -62,6 +64,9 @@ def command(args, out: Path, teacher: list[str]) -> list[str]:
         "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1", *TOPOLOGIES[args.topology],
     ]  # fmt: skip
     words += ["--opd-selector-path", f"{ROOT}/benchmarks/gpu/stock_selector.py:{args.mask}"] if args.loop_mask else ["--opd-budget-mask", args.mask]
+    if args.device == "cuda":
+        words += ["--sglang-mem-fraction-static", args.student_memory]
+        words += [] if args.topology == "apart" else ["--teacher-mem-fraction-static", args.teacher_memory]
     if args.stock:
         words += STOCK
     elif args.profile:
@@ -77,14 +82,13 @@ def start_teacher(args, out: Path):
     cpu = args.device == "cpu"
     context = json.loads((args.models / args.student / "config.json").read_text())["max_position_embeddings"]  # what the run itself asks for
     settings = argparse.Namespace(device=args.device, sglang_dtype=None, rollout_batch_size=prompts, n_samples_per_prompt=samples, rollout_seed=42,
-                                  teacher_mem_fraction_static=None if cpu else 0.45, request_timeout=600, sglang_host="127.0.0.1", output_dir=str(out),
+                                  teacher_mem_fraction_static=None if cpu else args.teacher_memory, request_timeout=600, sglang_host="127.0.0.1", output_dir=str(out),
                                   rollout_max_context_len=context)  # fmt: skip
     env = {"OMP_NUM_THREADS": "1"} if cpu else {"CUDA_VISIBLE_DEVICES": used_gpus(args)[1]}
     server = SGLangServer.for_run(settings, "teacher", f"{args.models}/{args.teacher}", log_file=out / "logs" / "teacher-apart.log", device_env=env)
     server.start()
     server.wait_ready(900)
-    memory = [] if cpu else ["--sglang-mem-fraction-static", "0.88"]  # of the whole card, the teacher's part included
-    return server, ["--rm-url", f"{server.url}/generate", *memory]
+    return server, ["--rm-url", f"{server.url}/generate"]
 
 
 def used_gpus(args) -> list[str]:
@@ -216,6 +220,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=4)
     add("--skip", type=int, default=1, help="first steps left out of the medians")
     add("--max-tokens", type=int)
+    add("--student-memory", type=float, help="share of the memory that is free when the engine starts; default by topology")
+    add("--teacher-memory", type=float, help="the same of the teacher's server")
     add("--stock", action="store_true", help="the stock choices, by flags")
     add("--loop-mask", action=argparse.BooleanOptionalAction, help="mask by the Python loop; default with --stock")
     add("--device", choices=("cuda", "cpu"), default="cuda")
@@ -225,6 +231,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("extra", nargs="*", help="after --: further flags of train.py")
     args = parser.parse_args(argv)
     defaults = TINY if args.tiny else {"case": "64x4x1024", "student": "qwen3-1.7B", "teacher": "qwen3-4B", "max_tokens": 16384, "k": 16}
+    defaults |= dict(zip(("student_memory", "teacher_memory"), MEMORY[args.topology], strict=True))
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

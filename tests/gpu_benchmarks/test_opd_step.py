@@ -94,6 +94,7 @@ def test_stock_is_made_of_flags_that_the_trainer_has(tmp_path):
         words = opd_step.command(args, args.output_dir, ["--rm-url", "http://x"] if topology == "apart" else ["--teacher-model", "t"])
         flags = build_parser().parse_args(words[2:])
         assert flags.opd_profile == "released" and flags.opd_loss_rows == "all" and flags.score_after_generation and flags.score_whole_sequence
+        assert flags.sglang_mem_fraction_static == opd_step.MEMORY[topology][0]
         assert flags.opd_selector_path.endswith("stock_selector.py:entropy") and Path(flags.opd_selector_path.split(":")[0]).is_file()
 
 

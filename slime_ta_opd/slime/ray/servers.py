@@ -78,6 +78,21 @@ class Managed:
     failed: int = 0
 
 
+def in_turn(servers: list[Managed]) -> list[list[Managed]]:
+    """Batches that start one after another: SGLang sizes its cache by the memory it finds free, so servers that share a GPU take turns.
+
+    Servers of one batch share no slot; each is in the first batch after all that it shares a slot with.
+    """
+    batches: list[list[Managed]] = []
+    for server in servers:
+        behind = [i for i, batch in enumerate(batches) if any(set(server.slots) & set(other.slots) for other in batch)]
+        place = behind[-1] + 1 if behind else 0
+        if place == len(batches):
+            batches.append([])
+        batches[place].append(server)
+    return batches
+
+
 class Servers:
     def __init__(self, args, placement: Placement):
         self.args, self.placement = args, placement
@@ -100,9 +115,7 @@ class Servers:
 
     def start(self) -> list[str]:
         """Starts all, waits, connects and probes; returns lines to show. Raises ServiceError with the log's end."""
-        # SGLang sizes its cache by the memory it finds free: servers that share a GPU start one after another
-        shared = self.args.device == "cuda" and self.args.teacher_colocate and self.args.colocate
-        for batch in [[m] for m in self._managed()] if shared else [self._managed()]:
+        for batch in in_turn(self._managed()) if self.args.device == "cuda" else [self._managed()]:
             for server in batch:
                 self._launch(server)
             self._wait(batch)
