@@ -18,6 +18,7 @@ from slime.planning.rates import STATUSES, load_rates
 from slime.planning.render import ROW_HEAD, markdown_limits, markdown_row
 from slime.planning.search import best_plan
 from slime.planning.workload import Workload
+from ta_opd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -110,6 +111,21 @@ def scene(rates, title: str, student: str, teacher: str, work: dict, sizes) -> t
     return lines, plans
 
 
+def asynchronous(rates) -> list[str]:
+    """The largest scene with train_async.py: how the GPUs are then split."""
+    title, student, teacher, work, sizes = SCENES[4]
+    lines = ["", "## With `train_async.py`", "",
+             f"The rollout of step k + 1 is made while step k trains, with weights one step old; a step is then the longer of the two plus the sync. The run "
+             f"above ({teacher} teaches {student}), engines and teachers on GPUs of their own:", "", ROW_HEAD]  # fmt: skip
+    for gpus in sizes:
+        task = Task(load_model(student), load_model(teacher), Workload(**work, asynchronous=True), Machine(rates.gpu("H200"), gpus), rates)
+        try:
+            lines.append(markdown_row(task, best_plan(task, ("apart",))))
+        except ConfigError as error:
+            lines.append(f"| {gpus} | {str(error).split('.')[0]} |" + " |" * 13)
+    return lines
+
+
 def breaking(rates, plans: list[tuple[Task, Prediction]]) -> list[str]:
     one = Task(load_model("1.7B"), load_model("4B"), Workload(), Machine(rates.gpu("H200"), 1), rates)
     found = {x.name: x for x in limits(one, predict(one, split_one()))}
@@ -160,7 +176,7 @@ and not with the number of engines; starting the group is once a run. Engines do
 
 **The slowest response.** At 32k tokens the last responses decode alone: steps of the longest response bound `generate` whatever the
 number of GPUs, which is why doubling GPUs stops paying at the bottom of the tables. `--partial-rollout` and
-`--over-sampling-batch-size` trade that wait for stale or dropped responses; this page counts neither.
+`--over-sampling-batch-size` trade that wait for stale or dropped responses; this page counts neither. `train_async.py` trains meanwhile.
 """.splitlines()  # noqa: E501
 
 
@@ -171,6 +187,7 @@ def page() -> str:
         part, found = scene(rates, title, *rest)
         lines += part
         plans.append(found[-1])
+    lines += asynchronous(rates)
     lines += breaking(rates, plans)
     lines += ["", "## Rates", "", "| rate | value | status | from |", "|---|---|---|---|"]
     ordered = sorted(rates.rates.values(), key=lambda r: (STATUSES.index(r.status), r.name))

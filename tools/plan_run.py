@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-recompute", action="store_true", help="keep activations instead of computing them again")
     add("--no-bank", action="store_true", help="no token bank")
     add("--score-after-generation", action="store_true", help="no overlap of scoring with generation")
+    add("--asynchronous", action="store_true", help="train_async.py: the next rollout is made while this one trains")
     add("--max-tokens-per-gpu", type=int, help="default: the largest micro-batch that fits")
     add("--student-concurrency", type=int, default=256, help="responses at once in one engine, at most")
     add("--graph-batch", type=int, default=256, help="largest batch with a CUDA graph")
@@ -77,7 +78,7 @@ def task_of(args) -> Task:
     work = Workload(
         prompts=args.prompts, samples=args.samples, prompt_len=args.prompt_len, response_len=args.response_len, response_mean=args.response_mean,
         k=args.k, budget=args.budget, cut=args.cut, all_rows=args.loss_rows == "all", recompute=not args.no_recompute,
-        optimizer_steps=args.optimizer_steps, bank=not args.no_bank, overlap=not args.score_after_generation, max_tokens=args.max_tokens_per_gpu,
+        optimizer_steps=args.optimizer_steps, bank=not args.no_bank, overlap=not args.score_after_generation, asynchronous=args.asynchronous, max_tokens=args.max_tokens_per_gpu,
         student_concurrency=args.student_concurrency, graph_batch=args.graph_batch,
     )  # fmt: skip
     return Task(load_model(args.student), load_model(args.teacher), work, Machine(gpu, args.gpus, args.gpus_per_node), rates)
@@ -86,7 +87,7 @@ def task_of(args) -> Task:
 def plan(args) -> tuple[Task, Prediction]:
     task = task_of(args)
     if not args.layout:
-        return task, best_plan(task, (args.mode,) if args.mode else SEARCHED)
+        return task, best_plan(task, (args.mode,) if args.mode else ("apart",) if args.asynchronous else SEARCHED)
     layout = Layout(*_numbers("--layout", args.layout, ",", 4))
     servers = (Servers(*_numbers(flag, text, "x", 2)) for flag, text in (("--student-servers", args.student_servers), ("--teacher-servers", args.teacher_servers)))
     split = Split(args.mode or "colocated", layout, *servers)

@@ -204,6 +204,17 @@ def test_both_servers_on_one_gpu_and_the_trainer_on_the_other(rates):
         Split("servers apart", Layout(), Servers(1, 1), Servers(2, 1))
 
 
+def test_asynchronous_training_hides_the_shorter_side(rates):
+    split = Split("apart", Layout(dp=2), Servers(2, 1), Servers(2, 1))
+    one, ahead = (predict(task(rates, 6, asynchronous=a), split) for a in (False, True))
+    made = sum(one.seconds[p] for p in ("generate", "score", "select", "split"))
+    assert one.seconds == ahead.seconds and ahead.total < one.total
+    assert ahead.total == pytest.approx(max(made, one.seconds["train"]) + one.seconds["sync"])
+    assert ahead.busy > one.busy
+    with pytest.raises(ConfigError, match="asynchronous: expected student engines on GPUs of their own"):
+        best_plan(task(rates, 2, asynchronous=True), ("colocated",))
+
+
 def test_lengths_that_differ_hide_scoring(rates):
     split = Split("apart", Layout(dp=2), Servers(2, 1), Servers(2, 1))
     equal, spread = (predict(task(rates, 6, response_mean=m), split) for m in (None, 700.0))

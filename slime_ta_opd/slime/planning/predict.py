@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slime.planning import memory, serving, training
 from slime.planning.layout import Layout, Split
@@ -68,10 +68,15 @@ class Prediction:
     trainer: TrainerMemory
     busy: float
     problems: tuple[str, ...] = field(default=())
+    asynchronous: bool = False
 
     @property
     def total(self) -> float:
-        return sum(self.seconds.values())
+        """Seconds of a step. Asynchronous: the rollout and the training beside it, then the sync."""
+        if not self.asynchronous:
+            return sum(self.seconds.values())
+        made = sum(self.seconds[p] for p in ("generate", "score", "select", "split"))
+        return max(made, self.seconds["train"]) + self.seconds["sync"]
 
     @property
     def fits(self) -> bool:
@@ -162,10 +167,12 @@ def predict(task: Task, split: Split) -> Prediction:
     between = middle(task)
     seconds = {"generate": max(generate.wall + added, between.parse), "score": after, "select": between.select, "split": between.split,
                "train": train.total, "sync": sync_seconds(task, split)}  # fmt: skip
+    if work.asynchronous and split.student_on_trainer:
+        problems.append(f"asynchronous: expected student engines on GPUs of their own (mode apart), got {split.mode}: they would share the trainer's")
+    held = trainer or memory.trainer_memory(task.student, split.trainer, work, rates, tokens)
+    found = Prediction(split, seconds, roles, generate, score, train, between, held, 0.0, tuple(problems), work.asynchronous)
     busy = split.student.gpus * generate.busy + split.teacher.gpus * score.total + split.trainer.gpus * train.total
-    busy /= split.gpus * sum(seconds.values())
-    return Prediction(split, seconds, roles, generate, score, train, between, trainer or
-                      memory.trainer_memory(task.student, split.trainer, work, rates, tokens), min(busy, 1.0), tuple(problems))  # fmt: skip
+    return replace(found, busy=min(1.0, busy / (split.gpus * found.total)))
 
 
 def _others(split: Split, roles: dict[str, float]) -> float:

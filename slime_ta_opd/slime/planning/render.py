@@ -98,7 +98,7 @@ def show(task: Task, prediction: Prediction, console) -> None:
     for x in limits(task, p):
         crowd.add_row(x.name, f"{x.seconds:.2f}", f"{x.share:.1%}{' (hidden)' if x.hidden else ''}", x.load, style="red" if x.crowded else "")
     console.print(crowd)
-    console.print("train.py " + " ".join(flags(task, p)), soft_wrap=True, highlight=False)
+    console.print(("train_async.py " if p.asynchronous else "train.py ") + " ".join(flags(task, p)), soft_wrap=True, highlight=False)
     sources = Table(title="rates this rests on")
     for name in ("rate", "value", "status", "source"):
         sources.add_column(name)
