@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,32 @@ def test_the_watch_sees_its_children_and_averages():
     assert max(s[2][0] for s in watch.samples) > 0.04
     watch.samples = [(1.0, [0.5, 1.0], [3.0, 4.0]), (2.0, [1.0, 1.0], [5.0, 2.0]), (9.0, [0.0, 0.0], [99.0, 99.0])]
     assert watch.between(0.5, 2.5) == {"samples": 2, "busy": [0.75, 1.0], "peak_gib": [5.0, 4.0], "last_gib": [5.0, 2.0]}
+
+
+def test_the_watch_reads_what_nvidia_smi_prints(tmp_path, monkeypatch):
+    """A program of that name which prints as the real one does with these options."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "$@" > $(dirname "$0")/words\nfor i in 1 2 3 4; do echo "2, 100, 1024"; echo "3, 50, 2048"; sleep 0.05; done\nexec sleep 30\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with Watch(["2", "3"], interval=0.05) as watch:
+        for _ in range(100):
+            if len(watch.samples) >= 3:
+                break
+            time.sleep(0.05)
+    assert [s[1:] for s in watch.samples[:3]] == [([1.0, 0.5], [1.0, 2.0])] * 3
+    words = (tmp_path / "words").read_text()
+    assert "--id=2,3" in words and "--loop-ms=50" in words and "utilization.gpu" in words
+
+
+def test_a_run_uses_the_first_of_the_visible_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    args = opd_step.parse(["--models", str(tmp_path), "--topology", "tp2", "--output-dir", str(tmp_path)])
+    assert opd_step.used_gpus(args) == ["5", "6"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert opd_step.used_gpus(args) == ["0", "1"]
+    args.device = "cpu"
+    assert opd_step.used_gpus(args) == []
 
 
 def step(rollout_id: int, **seconds: float) -> dict:
