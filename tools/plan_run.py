@@ -16,12 +16,12 @@ from pathlib import Path
 
 from slime.planning.layout import MODES, SEARCHED, Layout, Servers, Split
 from slime.planning.models import load_model
-from slime.planning.predict import Machine, Prediction, Task, predict
+from slime.planning.predict import PHASES, Machine, Prediction, Task, predict
 from slime.planning.rates import load_rates
 from slime.planning.render import ROW_HEAD, as_dict, markdown_limits, markdown_row, show
 from slime.planning.search import best_plan
 from slime.planning.workload import CUTS, Workload
-from ta_opd.errors import ConfigError, TaOpdError
+from ta_opd.errors import ConfigError, DataError, TaOpdError
 
 RATES = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "rates.json"
 
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--student-servers", metavar="COUNTxTP", default="1x1", help="with --layout")
     add("--teacher-servers", metavar="COUNTxTP", default="1x1", help="with --layout")
     add("--rates", type=Path, default=RATES, help="file of rates")
+    add("--compare", type=Path, metavar="RESULT", help="result.json of benchmarks/gpu/opd_step.py: its seconds beside the predicted ones")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -96,6 +97,20 @@ def plan(args) -> tuple[Task, Prediction]:
     return task, predict(task, split)
 
 
+def compare(prediction: Prediction, path: Path) -> list[str]:
+    """Measured and predicted seconds by phase. Raises DataError on a file that opd_step.py did not write."""
+    try:
+        measured = json.loads(path.read_text())["seconds"]
+        rows = {"generate": measured["sample"], **{p: measured.get(p) for p in PHASES[1:]}, "total": measured["total"]}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"--compare {path}: expected a result.json of opd_step.py with seconds by phase ({type(error).__name__}: {error})") from error
+    guesses, lines = {**prediction.seconds, "total": prediction.total}, [f"{'phase':10s} {'measured':>9s} {'predicted':>9s}"]
+    for phase, real in rows.items():
+        if real is not None:
+            lines.append(f"{phase:10s} {real:9.3f} {guesses[phase]:9.3f} {f'{guesses[phase] / real - 1:+8.0%}' if real else ''}")
+    return lines
+
+
 def _numbers(flag: str, text: str, separator: str, count: int) -> list[int]:
     parts = text.split(separator)
     if len(parts) != count or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
@@ -107,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         task, prediction = plan(args)
+        if args.compare:
+            print("\n".join(compare(prediction, args.compare)))
+            return 0
     except TaOpdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

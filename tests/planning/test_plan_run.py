@@ -265,6 +265,19 @@ def test_tables_name_phases_and_the_state_of_every_rate(tool, capsys):
         assert word in text
 
 
+def test_a_measured_step_beside_its_prediction(tool, capsys, tmp_path):
+    recorded = second_step()
+    seconds = {p: recorded[f"seconds/{p}"] for p in ("sample", "score", "select", "split", "train", "sync", "total")}
+    (tmp_path / "result.json").write_text(json.dumps({"seconds": seconds}))
+    assert tool.main([*AS_RECORDED, "--compare", str(tmp_path / "result.json")]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert float(rows["train"][0]) == pytest.approx(seconds["train"], abs=1e-3) and set(rows) == {*seconds, "generate"} - {"sample"}
+    assert all(abs(int(row[2].strip("%+"))) <= 20 for row in rows.values())
+    (tmp_path / "result.json").write_text("[]")
+    assert tool.main([*AS_RECORDED, "--compare", str(tmp_path / "result.json")]) == 2
+    assert "expected a result.json of opd_step.py" in capsys.readouterr().err
+
+
 def test_the_flags_of_a_plan_are_flags_of_the_trainer(tool, capsys):
     from slime.utils.arguments import build_parser
 
