@@ -22,6 +22,7 @@ from slime.rollout.data_source import PromptDataSource
 from slime.rollout.on_policy_distillation import score_sample
 from slime.rollout.sglang_rollout import generate_rollout
 from slime.utils.misc import load_tokenizer
+from slime.utils.types import Sample
 from ta_opd.errors import DataError
 from tests.sglang_utils.tiny import VOCAB, make_tiny_model
 
@@ -46,8 +47,8 @@ def world(tmp_path_factory):
         weight_sync="auto", output_dir=str(root / "out"),
     )  # fmt: skip
     servers = [
-        SGLangServer.for_run(args, role, str(folders[role]), log_file=root / f"{role}.log", device_env={"OMP_NUM_THREADS": "1"})
-        for role in ("student", "teacher")
+        SGLangServer.for_run(run, role, str(folders[role]), log_file=root / f"{role}.log", device_env={"OMP_NUM_THREADS": "1"})
+        for role, run in (("student", argparse.Namespace(**vars(args), rollout_stop=["any"])), ("teacher", args))
     ]
     try:
         for server in servers:
@@ -143,6 +144,33 @@ def test_a_rollout_with_exact_windows(world):
     samples = [s for g in generate_rollout(world.args, 0, source, world.clients) for s in g]
     assert len(samples) == 12 and sum(s.response_length for s in samples) > 200
     check_rollout(world, samples)
+
+
+@pytest.fixture
+def respond(world):
+    """respond(flag=value, ...) -> the response to the first prompt, always with the same seed."""
+
+    def run(**flags):
+        args = argparse.Namespace(**{**vars(world.args), "rollout_batch_size": 1, "n_samples_per_prompt": 1, "opd_exact_cmass": False, **flags})
+        return generate_rollout(args, 0, PromptDataSource(args, load_tokenizer(args.hf_checkpoint)), world.clients)[0][0]
+
+    return run
+
+
+def test_a_response_ends_at_the_length_a_stop_id_or_a_stop_string(world, respond):
+    free = respond()
+    tokenizer, ids = load_tokenizer(world.args.hf_checkpoint), free.response_ids
+    assert free.status is (Sample.Status.COMPLETED if ids[-1] == tokenizer.eos_token_id else Sample.Status.TRUNCATED)
+    assert respond(rollout_max_response_len=5).response_ids == ids[:5]
+    # the first id that comes up for the first time after a few tokens, so that it is known where the response has to end
+    at = next(i for i in range(3, len(ids)) if ids[i] not in ids[:i])
+    stopped = respond(rollout_stop_token_ids=[ids[at]])
+    assert stopped.response_ids == ids[: at + 1] and stopped.status is Sample.Status.COMPLETED
+    assert len(stopped.rollout_log_probs) == len(stopped.teacher_log_probs) == stopped.response_length == at + 1
+    texts = [tokenizer.decode([i]) for i in ids]
+    at = next(i for i in range(1, len(ids)) if len(texts[i]) == 1 and " " < texts[i] < "\x7f" and texts[i] not in texts[:i])
+    stopped = respond(rollout_stop=[texts[at], "never said"])
+    assert stopped.response_ids == ids[: at + 1] and stopped.response.endswith(texts[at]) and stopped.status is Sample.Status.COMPLETED
 
 
 def test_windows_of_every_size_agree(world):
