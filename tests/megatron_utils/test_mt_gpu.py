@@ -8,6 +8,7 @@ import torch
 from conftest import data
 from test_mt_checkpoint import LAYOUTS as SAVED
 from test_mt_parity import LAYOUTS, LR
+from test_mt_trainer import few_kept
 
 GPUS = torch.cuda.device_count() or int(os.environ.get("TA_OPD_PRETEND_GPUS", 0))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUDA device")]
@@ -47,6 +48,23 @@ def test_bf16_is_within_its_precision(pool, models, references, layout):
             np.testing.assert_allclose(logps, reference["log_probs"][i], atol=0.1)
     np.testing.assert_allclose([m["loss"] for m in results[0]["metrics"]], reference["losses"], rtol=1e-2)
     np.testing.assert_allclose([m["grad_norm"] for m in results[0]["metrics"]], reference["norms"], rtol=3e-2)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2", "pp2"])
+def test_last_layer_on_kept_rows(pool, models, layout, bf16):
+    """The masked kernel of a few rows' queries against causal attention of all."""
+    needs(LAYOUTS[layout])
+    common = dict(model=models("qwen3", True), data=few_kept(), steps=1, max_tokens_per_gpu=200, fp32=not bf16, bf16=bf16, grads=not bf16,
+                  **LAYOUTS[layout])  # fmt: skip
+    kept, whole = (pool.run("train", opd_last_layer_rows=how, **common) for how in ("kept", "all"))
+    assert any(r["row_queries"] for r in kept)
+    first, second = (r[0]["metrics"][0] for r in (kept, whole))
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-2 if bf16 else 1e-5)
+    assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=3e-2 if bf16 else 1e-4)
+    for name, expected in whole[0].get("gradients", {}).items():
+        error = np.abs(kept[0]["gradients"][name] - expected).max() / np.abs(expected).max()
+        assert error < 1e-4, f"gradient of {name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "pp2"])
