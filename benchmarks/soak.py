@@ -146,12 +146,13 @@ def report(args, run, kills, samples, ports, left, files, seconds) -> dict:
     lasting = {name: round(sum(mib[kind][name] for kind in ("driver", "ray", "actors")), 1) for name in parts}
     whole = {name: round(statistics.median(sum(s["mib"].values()) for s in part), 1) for name, part in parts.items()}
     fds = {kind: {name: statistics.median(s["files"].get(kind, 0) for s in part) for name, part in parts.items()} for kind in kinds}
-    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    # other programs may get a port that the run had: only its own processes count
+    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in run.seen}
     try:
         run.check_samples(args.rollouts)
         doubled = ""
     except (AssertionError, OSError) as problem:
-        doubled = str(problem)
+        doubled = str(problem) or "the rows or the samples of a rollout are not those expected"
     found = {
         "rollouts": len(rows), "samples_a_rollout": SAMPLES, "exit_code": run.process.returncode, "seconds": round(seconds, 1), "kills": kills,
         "seconds_a_rollout_without_faults": round(statistics.median(row["seconds/total"] for row in rows), 3),

@@ -1,8 +1,9 @@
-"""Teachers that are somebody else's fail; SIGTERM: the rollout is finished and saved, the run ends with 0, the next one goes on. Without a checkpoint it ends with 143."""
+"""Runs on servers that are somebody else's: teachers fail, SIGTERM comes, the disk is full; the next run always goes on."""
 
 import signal
 import time
 
+import psutil
 import pytest
 
 from tests.e2e.live import LiveRun
@@ -11,7 +12,7 @@ from tests.e2e.proxy import Proxy
 pytestmark = pytest.mark.e2e
 
 
-def test_external_teachers_fail_in_every_way_then_sigterm_saves_and_the_next_run_goes_on(task, servers, tmp_path):
+def test_external_teachers_fail_then_sigterm_then_a_full_disk(task, servers, tmp_path):
     """Two replicas of a teacher that is not the run's: one fails, the other takes over; both are away, the run waits and says so."""
     one, two = Proxy(servers.teacher), Proxy(servers.teacher)
     services = ["--rm-url", one.url, two.url, "--rollout-external-engine-addrs", servers.student, "--request-timeout", "3", "--skip-probe"]
@@ -39,14 +40,28 @@ def test_external_teachers_fail_in_every_way_then_sigterm_saves_and_the_next_run
     assert "SIGTERM: this rollout is finished" in output and f"stopped after rollout {last}" in output
     assert (run.checkpoints / "latest_checkpointed_iteration.txt").read_text() == str(last)
     assert not (run.dir / "DONE").exists()
+    # the next run goes on, until its disk is full: one error, the checkpoint before is whole
     services = ["--rm-url", f"{servers.teacher}/generate", "--rollout-external-engine-addrs", servers.student, "--allow-teacher-change"]
-    again = LiveRun(task, tmp_path / "run", *services, "--num-rollout", str(last + 3))
+    full = LiveRun(task, tmp_path / "run", *services, "--num-rollout", "1000", "--save-interval", "1")
+    try:
+        full.wait_rows(last + 3)
+        (trainer,) = full.named("ray::TrainActor")
+        trainer.rlimit(psutil.RLIMIT_FSIZE, (200_000, trainer.rlimit(psutil.RLIMIT_FSIZE)[1]))  # less than a checkpoint's file
+        output = full.ends(2)
+    finally:
+        full.stop()
+    assert "error: checkpoint of rollout" in output and "could not be written" in output and "File too large" in output
+    newest = (full.checkpoints / "latest_checkpointed_iteration.txt").read_text()
+    assert [p.name for p in full.checkpoints.iterdir() if p.name.startswith(".")] == []
+    assert max(full.checkpoints.glob("iter_*")).name == f"iter_{int(newest):07d}"
+    rollouts = len(full.rows()) + 2
+    again = LiveRun(task, tmp_path / "run", *services, "--num-rollout", str(rollouts))
     try:
         again.ends(0)
     finally:
         again.stop()
     assert (again.dir / "DONE").exists()
-    again.check_samples(last + 3)
+    again.check_samples(rollouts)
 
 
 def test_sigterm_while_starting_loses_nothing(task, servers, tmp_path):

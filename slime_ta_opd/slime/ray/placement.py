@@ -48,7 +48,7 @@ class Placement:
     layout: Layout
     group: PlacementGroup
     slots: list[Slot]
-    started_ray: bool
+    session: str | None  # folder of logs and sockets of a Ray that this run started; None where it joined one
     addresses: dict[str, str] = field(default_factory=dict)
 
     def stop(self) -> None:
@@ -106,7 +106,7 @@ def plan_layout(args) -> Layout:
 def create_placement(args) -> Placement:
     """Joins the cluster at RAY_ADDRESS or starts a local Ray, reserves the slots and finds out where they are."""
     layout = plan_layout(args)
-    started = start_ray(args, layout.total)
+    session = start_ray(args, layout.total)
     unit = {"GPU": 1, "CPU": 1} if args.device == "cuda" else {"CPU": 1}
     group = placement_group([unit] * layout.total, strategy="PACK")
     if not group.wait(timeout_seconds=60):
@@ -116,32 +116,32 @@ def create_placement(args) -> Placement:
         _where.options(num_cpus=1, num_gpus=unit.get("GPU", 0), scheduling_strategy=PlacementGroupSchedulingStrategy(group, i)).remote()
         for i in range(layout.total)
     ]
-    order = {gpu: i for i, gpu in enumerate(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))} if started else {}
+    order = {gpu: i for i, gpu in enumerate(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))} if session else {}
     found = sorted(enumerate(ray.get(where)), key=lambda item: (item[1][0], _position(item[1][1], order), item[0]))
     slots = [Slot(bundle, node, gpu) for bundle, (node, gpu) in found]
-    return Placement(layout, group, slots, started)
+    return Placement(layout, group, slots, session)
 
 
-def start_ray(args, slots: int) -> bool:
-    """True where this process started its own local Ray (and so stops it)."""
+def start_ray(args, slots: int) -> str | None:
+    """Session folder of the local Ray that this process started; None where it joined one that runs."""
     quiet_environment()
     os.environ["PYTHONPATH"] = python_path()
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # its note that a token is used
     if ray.is_initialized():
-        return False
+        return None
     with _own_signals():
         return _init_ray(args, slots)
 
 
-def _init_ray(args, slots: int) -> bool:
+def _init_ray(args, slots: int) -> str | None:
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         ray.init(address=address, logging_level="warning", log_to_driver=True)
-        return False
+        return None
     memory = {} if args.device == "cuda" else {"object_store_memory": LOCAL_OBJECT_STORE}
-    ray.init(address="local", num_cpus=max(slots, os.cpu_count() or 1), include_dashboard=False, logging_level="warning",
-             log_to_driver=True, **memory)  # fmt: skip
-    return True
+    context = ray.init(address="local", num_cpus=max(slots, os.cpu_count() or 1), include_dashboard=False, logging_level="warning",
+                       log_to_driver=True, **memory)  # fmt: skip
+    return context.address_info["session_dir"]
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 Servers end with their supervisors and Ray's processes with the driver, but Ray's helpers may outlive a driver that was killed
 by minutes, and a run stopped while Ray starts leaves them behind. This process notes the driver's descendants once a second.
-When its standard input closes (the run ended, or the driver died in whatever way) it gives them SECONDS to go by themselves,
-then kills those that are left, each known by process id and start time. NOT_MINE: children that the driver had before.
+When its standard input closes (the run ended, or the driver died in whatever way) it gives them SECONDS to go by themselves
+(half a second after an orderly end, which says so), then kills those that are left, each known by process id and start time. NOT_MINE: children that the driver had before.
 Standard library only, and no import of the project.
 """
 
@@ -15,7 +15,7 @@ import sys
 import time
 
 LOOK_SECONDS = 1.0
-GRACE_SECONDS = 8.0
+GRACE_SECONDS, ORDERLY_SECONDS = 8.0, 0.5
 
 
 def processes() -> dict[int, tuple[int, str, str]]:
@@ -57,8 +57,12 @@ class Reaper:
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
     def stop(self) -> None:
-        """Returns when every process of the run is gone; killing what had not ended by itself."""
-        self.process.stdin.close()
+        """For an orderly end: everything was stopped. Returns when every process of the run is gone, killing what is left."""
+        try:
+            self.process.stdin.write(b"ended")
+            self.process.stdin.close()
+        except OSError:
+            pass  # the reaper itself was killed
         try:
             self.process.wait(self.grace + 7)
         except subprocess.TimeoutExpired:
@@ -83,7 +87,7 @@ def main(argv: list[str]) -> int:
         signal.signal(signum, signal.SIG_IGN)  # it ends with the run, not before
     while not select.select([sys.stdin], [], [], LOOK_SECONDS)[0]:
         left()
-    deadline = time.monotonic() + grace
+    deadline = time.monotonic() + (ORDERLY_SECONDS if sys.stdin.read() else grace)
     while left() and time.monotonic() < deadline:
         time.sleep(0.1)
     for _ in range(50):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -52,18 +53,19 @@ class Run:
         self.stop.ignore()
         if self.bar is not None:
             self.bar.close()
-        if self.trackers is not None:
-            self.trackers.close()
-        for thing in reversed(self.owned):
+        ends = [thing.stop for thing in reversed(self.owned) if hasattr(thing, "stop")]
+        for end in [self.trackers.close, *ends] if self.trackers is not None else ends:
             try:
-                if hasattr(thing, "stop"):
-                    thing.stop()
-            except Exception as problem:  # one stuck process must not keep the others alive
-                print(f"while stopping {type(thing).__name__}: {problem}", file=sys.stderr)
+                end()
+            except Exception as problem:  # one stuck process (or a full disk) must not keep the others alive
+                print(f"while stopping {type(end.__self__).__name__}: {problem}", file=sys.stderr)
         if not self.had_ray:
             ray.shutdown()
         self.reaper.stop()
         self.stop.restore()
+        if kind is None:  # after an error Ray's logs are worth keeping
+            for session in filter(None, (getattr(thing, "session", None) for thing in self.owned)):
+                shutil.rmtree(session, ignore_errors=True)
         if self.args.trace and self.spans:
             write_trace(self.spans, self.dir / "trace.json")
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self.stop.aborted:

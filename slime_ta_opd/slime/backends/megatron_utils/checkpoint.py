@@ -146,7 +146,9 @@ def _write_failure(error: BaseException) -> str | None:
         return error.strerror or str(error)
     if isinstance(error, CheckpointException):  # one exception a rank
         return next(filter(None, (_write_failure(cause) for cause, _ in error.failures.values())), None)
-    return "a file could not be written" if "PytorchStreamWriter" in str(error) or "file write failed" in str(error) else None
+    if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream error")):  # torch.save to a path
+        return "a file could not be written"
+    return None
 
 
 def _not_written(root: Path, rollout_id: int, cause: str) -> str:

@@ -1,7 +1,8 @@
 """Runs one server and sees to its end: `python -I supervise.py PARENT_PID SCRATCH_DIR -- COMMAND...`
 
 The server gets its own session. It is ended, with everything it started, when this process is asked to stop (SIGTERM),
-when PARENT_PID is no longer the parent (it died, however it died), or when the server's main process ends by itself.
+when PARENT_PID is no longer the parent (it died, however it died), when the server's main process ends by itself, or when
+one of its workers is gone: the main process would keep its requests waiting for a minute before it ends.
 SCRATCH_DIR (the server's TMPDIR) is removed at the end. Standard library only, and no threads, so that the kernel's
 parent-death signal can be trusted: it is tied to the parent's thread.
 """
@@ -56,6 +57,27 @@ def _children(pid):
             found += below
             todo += below
     return found
+
+
+def _workers(pids):
+    """Those among `pids` that are SGLang's schedulers and detokenizers, by their title."""
+    found = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if file.read(32).startswith(b"sglang::"):
+                    found.add(pid)
+        except OSError:
+            pass
+    return found
+
+
+def _ended(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def _shared_memory(pids):
@@ -129,11 +151,17 @@ def main(argv):
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     tie = functools.partial(_die_with, os.getpid())
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=tie, stdin=subprocess.DEVNULL)
-    code, rounds, shared = None, 0, set()
+    code, rounds, shared, workers = None, 0, set(), set()
     try:
         while code is None and not _asked_to_stop and os.getppid() == parent:
             if rounds % 50 == 0:
-                shared |= _note(scratch, _shared_memory(_children(os.getpid())) - shared)
+                below = _children(os.getpid())
+                shared |= _note(scratch, _shared_memory(below) - shared)
+                workers |= _workers(below)
+            if any(_ended(pid) for pid in workers):
+                print("supervisor: a worker of this server died; the server is ended", flush=True)
+                code = 1
+                break
             rounds += 1
             code = _reap().get(server.pid)
             if code is None:
