@@ -65,9 +65,10 @@ class ActorGroup:
                 get([a.update_weights.remote(engines, version) for a in self.actors])
                 break
             except ServiceError as problem:
-                if isinstance(problem, ProcessLost) or not left or not (restarted := rollout.heal()):
+                if isinstance(problem, ProcessLost) or not left:
                     raise
-                print(f"weight sync: {problem}; restarted {', '.join(restarted)}, sending again")
+                restarted = rollout.heal()  # none where an engine was only slow
+                print(f"weight sync: {problem}; {'restarted ' + ', '.join(restarted) + ', ' if restarted else ''}sending again")
         rollout.set_version(version)
 
     def save(self, rollout_id: int, extra: dict) -> None:
