@@ -67,12 +67,13 @@ def test_the_importance_ratio_is_one_on_fresh_samples_only(ahead):
 
 def test_generation_overlaps_training(ahead):
     generate, train = spans(ahead[0], "generate", "rollout"), spans(ahead[0], "train", "driver")
-    assert len(generate) == len(train) == 4
-    for step in range(3):  # rollout k + 1 begins before step k has ended, and is waited for before the weights change
-        assert generate[step + 1][0] < train[step][1] and train[step][0] < generate[step + 1][1]
     sync = spans(ahead[0], "sync", "driver")
-    assert len(sync) == 5
+    assert len(generate) == len(train) == 4 and len(sync) == 5
+    # rollout k + 1 is there before the weights of step k are sent: it was not waiting for them, as it does in train.py
+    assert all(generate[step + 1][1] <= sync[step + 1][0] for step in range(3))
     assert not [1 for a, b in sync for c, d in generate if a < d and c < b]
+    # both work at once; a busy machine may start one of them late, but not every time
+    assert any(generate[step + 1][0] < train[step][1] and train[step][0] < generate[step + 1][1] for step in range(3))
 
 
 def test_it_resumes_with_the_same_prompts(ahead, run, task):
