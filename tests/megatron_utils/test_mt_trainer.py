@@ -47,8 +47,9 @@ LAST_LAYER = {
         ranks=2, tensor_model_parallel_size=2, sequence_parallel=True, recompute_granularity="full", recompute_method="uniform",
         recompute_num_layers=1,
     ),
+    "ep2": dict(ranks=2, expert_model_parallel_size=2),
 }  # fmt: skip
-FEW = {"one": "qwen3", "tp2_cp2_sp": "qwen2", "tp2_pp2_sp": "qwen3", "tp2_sp_recompute": "llama"}
+FEW = {"ep2": "qwen3_moe", "one": "qwen3", "tp2_cp2_sp": "qwen2", "tp2_pp2_sp": "qwen3", "tp2_sp_recompute": "llama"}
 
 
 def few_kept() -> dict:
