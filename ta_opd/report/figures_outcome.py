@@ -195,7 +195,8 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
         for place, share, wanted in zip(y, shares, asked, strict=True):
             axes[1].plot([wanted, wanted], [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
             axes[1].annotate(f"{100 * share:.1f} %", (share, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.8)
-        axes[1].set(title="Share of valid tokens kept", xlim=(0, 1.15), ylim=(-0.7 - max(0, 3 - len(y)) / 2, len(y) - 0.3 + max(0, 3 - len(y)) / 2), yticks=y, yticklabels=labels)
+        room = 0.7 + max(0, 3 - len(y)) / 2  # one bar alone is not blown up
+        axes[1].set(title="Share of valid tokens kept", xlim=(0, 1.15), ylim=(-room, len(y) - 1 + room), yticks=y, yticklabels=labels)
         axes[1].set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         axes[1].grid(axis="y", visible=False)
         return picture(figure, "kept_tokens", "Kept tokens", "Right: bar = share really kept over the whole run, black tick = budget asked for.",
