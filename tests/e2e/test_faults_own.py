@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.live import LiveRun
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.skipif(not os.environ.get("TA_OPD_SLOW"), reason="set TA_OPD_SLOW=1: minutes")]
 LONG = ["--rollout-max-response-len", "96", "--opd-loss-type", "topk_reverse_kl", "--save-interval", "1", "--num-rollout", "1000"]
 
 

@@ -59,4 +59,4 @@ def _describe(error: BaseException) -> str:
     name = facts.get("class_name", "").split(".")[0]  # TrainActor.__init__ for one that died while it was made
     who = {"TrainActor": "a trainer rank", "RolloutManager": "the rollout manager", "ServerActor": "the owner of a server"}.get(name, "a process")
     pid = f" (pid {facts['pid']})" if "pid" in facts else ""
-    return f"{who}{pid} of this run died: {lines[0] if lines else type(error).__name__}"
+    return f"{who}{pid} of this run died: {lines[0].rstrip('.') if lines else type(error).__name__}"
