@@ -21,8 +21,8 @@ def test_external_teachers_fail_then_sigterm_then_a_full_disk(task, servers, tmp
         run.wait_rows(1)
         for mode in ("cut", "hang"):
             one.mode, before = mode, one.replies
-            run.wait_rows(len(run.rows()) + 2)
-            assert one.replies > before  # it was asked, and the other one in its place
+            run.wait(lambda before=before: one.replies > before, f"a reply that is {mode}")
+            run.wait_rows(len(run.rows()) + 2)  # the other one was asked in its place
         one.mode = "ok"
         one.down()
         run.wait_rows(len(run.rows()) + 2)

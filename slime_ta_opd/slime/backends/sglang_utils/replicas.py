@@ -22,8 +22,11 @@ class Replica:
     stale: bool = False
 
     def failed(self) -> None:
+        now = time.monotonic()
+        if self.down_until > now:
+            return  # one event ends all requests in flight; it counts once
         self.failures += 1
-        self.down_until = time.monotonic() + min(_FIRST_PAUSE * 2 ** (self.failures - 1), _LONGEST_PAUSE)
+        self.down_until = now + min(_FIRST_PAUSE * 2 ** (self.failures - 1), _LONGEST_PAUSE)
 
     def answered(self) -> None:
         self.failures, self.down_until = 0, 0.0
