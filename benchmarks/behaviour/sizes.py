@@ -63,12 +63,12 @@ SIZES = {
     "gpu": Size(
         teacher=Pretrain(Width(1024, 2816, 10, 16, 8, 64), steps=1500, batch=256, lr=6e-4, seed=3, problems=200_000),
         student=Pretrain(Width(512, 1536, 8, 8, 4, 64), steps=1500, batch=256, lr=1e-3, seed=7, problems=100_000, stop_at=0.4),
-        level=Level(), rollouts=40, prompts=32, response=56, group=64, heldout=256, validation=128, contexts=160, rates=(1e-4, 4e-4),
+        level=Level(), rollouts=60, prompts=32, response=56, group=64, heldout=256, validation=128, contexts=160, rates=(1e-4, 4e-4),
     ),
     "mid": Size(
         teacher=Pretrain(Width(128, 384, 3, 4, 2, 32), steps=500, batch=64, lr=4e-3, seed=3, problems=20_000),
         student=Pretrain(Width(96, 256, 2, 4, 2, 24), steps=400, batch=64, lr=4e-3, seed=7, problems=10_000, stop_at=0.25),
-        level=Level(largest=40, operand=9, steps=(2, 2), names=16), rollouts=20, prompts=24, response=28, group=14, heldout=150, validation=80,
+        level=Level(largest=40, operand=9, steps=(2, 2), names=16), rollouts=60, prompts=24, response=28, group=14, heldout=150, validation=80,
         contexts=60, rates=(5e-4, 2e-3), budgets=(0.10,), seeds=(1, 2),
         selectors=("random", "entropy", "divergence", "compatibility", "dlearn_high", "tip"), losses=("topk_reverse_kl",),
     ),

@@ -65,7 +65,7 @@ class Style:
 
 
 TEACHER = Style({"so": 4, "then": 3, "thus": 2, "hence": 1, "next": 1, "now": 1}, {"=": 6, "gives": 2, "is": 1})
-STUDENT = Style({"okay": 3, "hmm": 2, "well": 2, "so": 2, "then": 1, "see": 2, "let's": 1, "clearly": 1}, {"is": 4, "=": 3, "makes": 2, "equals": 1}, slips=0.12)
+STUDENT = Style({"so": 4, "then": 3, "thus": 1, "okay": 2, "hmm": 1, "see": 1}, {"=": 5, "is": 3, "makes": 1}, slips=0.08)
 
 
 @dataclass(frozen=True)
