@@ -1,5 +1,6 @@
 """Runs on servers that are somebody else's: teachers fail, SIGTERM comes, the disk is full; the next run always goes on."""
 
+import os
 import signal
 import time
 
@@ -12,6 +13,8 @@ from tests.e2e.proxy import Proxy
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("TA_OPD_SLOW"), reason="set TA_OPD_SLOW=1: about a minute and a half")
 def test_external_teachers_fail_then_sigterm_then_a_full_disk(task, servers, tmp_path):
     """Two replicas of a teacher that is not the run's: one fails, the other takes over; both are away, the run waits and says so."""
     one, two = Proxy(servers.teacher), Proxy(servers.teacher)
@@ -50,7 +53,7 @@ def test_external_teachers_fail_then_sigterm_then_a_full_disk(task, servers, tmp
         output = full.ends(2)
     finally:
         full.stop()
-    assert "error: checkpoint of rollout" in output and "could not be written" in output and "File too large" in output
+    assert "error: checkpoint of rollout" in output and "could not be written" in output and "the newest whole one is" in output
     newest = (full.checkpoints / "latest_checkpointed_iteration.txt").read_text()
     assert [p.name for p in full.checkpoints.iterdir() if p.name.startswith(".")] == []
     assert max(full.checkpoints.glob("iter_*")).name == f"iter_{int(newest):07d}"
