@@ -19,7 +19,7 @@ def test_interrupt_stops_every_process_of_the_run_and_no_other(task, servers, tm
              str(task.train), "--output-dir", str(tmp_path), "--num-rollout", "1000", *BASE]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "output.txt", "w") as output:
-        run = subprocess.Popen(words, cwd=TRAIN.parent, stdout=output, stderr=output, env=env)
+        run = subprocess.Popen(words, cwd=TRAIN.parent, stdout=output, stderr=output, env=env, preexec_fn=_take_interrupts)
     mine = psutil.Process(run.pid)
     try:
         deadline = time.monotonic() + 300
@@ -42,3 +42,8 @@ def test_interrupt_stops_every_process_of_the_run_and_no_other(task, servers, tm
     assert len(client.run(client.model_info())) == 2  # servers of somebody else still answer
     client.close()
     assert not (tmp_path / "DONE").exists()
+
+
+def _take_interrupts():
+    """Where the tests themselves run in the background of a script, Ctrl-C is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
