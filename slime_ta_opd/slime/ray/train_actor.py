@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 
 import ray
-
-from slime.utils.misc import free_port
 
 
 @ray.remote
@@ -15,19 +14,21 @@ class TrainActor:
 
     def __init__(self, args, rank: int, world_size: int, local_rank: int):
         self.args, self.rank, self.world_size, self.local_rank = args, rank, world_size, local_rank
-        self.sender = None
+        self.sender = self.listener = None
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can be reached, for torch.distributed."""
-        host = ray.util.get_node_ip_address()
-        return host, free_port(host)
+        """Where rank 0 can be reached, for torch.distributed. The port is held from now on."""
+        self.listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        return self.listener.getsockname()
 
     def init(self, master_addr: str, master_port: int) -> tuple[int, dict | None]:
         """Builds model and optimizer; returns the first rollout id and what the checkpoint kept beside them."""
         warnings.filterwarnings("ignore", module="megatron")  # it names every optional package that is not installed
         from slime.backends.megatron_utils.trainer import MegatronTrainer
 
-        self.trainer = MegatronTrainer(self.args, self.rank, self.world_size, self.local_rank, master_addr, master_port)
+        self.trainer = MegatronTrainer(
+            self.args, self.rank, self.world_size, self.local_rank, master_addr, master_port, listener=self.listener
+        )
         start = self.trainer.init()
         return start, self.trainer.load_extra()
 

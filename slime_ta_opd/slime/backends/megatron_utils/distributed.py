@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import socket
 from typing import Any
 
 import torch
@@ -20,8 +21,13 @@ from slime.backends.megatron_utils.settings import Settings
 _state: dict[str, Any] = {}
 
 
-def init_world(rank: int, world_size: int, master_addr: str, master_port: int, minutes: int = 30) -> None:
-    """Joins the default group (NCCL on GPU, gloo on CPU). A group that exists already is kept if it fits."""
+def init_world(
+    rank: int, world_size: int, master_addr: str, master_port: int, minutes: int = 30, listener: socket.socket | None = None
+) -> None:
+    """Joins the default group (NCCL on GPU, gloo on CPU). A group that exists already is kept if it fits.
+
+    listener: rank 0's socket that listens on the master port already, so that nobody else can take the port in between.
+    """
     if dist.is_initialized():
         if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
             raise RuntimeError(
@@ -29,13 +35,11 @@ def init_world(rank: int, world_size: int, master_addr: str, master_port: int, m
                 f"{dist.get_rank()} of {dist.get_world_size()}"
             )
         return
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{master_addr}:{master_port}",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(minutes=minutes),
-    )
+    timeout = datetime.timedelta(minutes=minutes)
+    held = {} if listener is None else {"master_listen_fd": listener.detach()}
+    store = dist.TCPStore(master_addr, master_port, world_size, is_master=rank == 0, timeout=timeout, **held)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def init_model_parallel(settings: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ class MegatronTrainer:
     must run on all ranks. The other methods are collective too, unless they say otherwise.
     """
 
-    def __init__(self, args: argparse.Namespace, rank: int, world_size: int, local_rank: int, master_addr: str, master_port: int):
+    def __init__(
+        self, args: argparse.Namespace, rank: int, world_size: int, local_rank: int, master_addr: str, master_port: int,
+        listener: socket.socket | None = None,
+    ):  # fmt: skip
         self.args = args
         self.settings = Settings.from_args(args)
         if not self.settings.hf_checkpoint:
@@ -62,7 +66,7 @@ class MegatronTrainer:
         self.loss = get_loss(s.opd_loss_type)
         self.teacher_shape = self._teacher_shape(world_size)
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self.address = (master_addr, master_port)
+        self.address, self.listener = (master_addr, master_port), listener
         self.device = cpu_runtime.device(local_rank)
         self._extra: dict[str, Any] | None = None
         self._identity_changes: list[dict] = []
@@ -99,7 +103,7 @@ class MegatronTrainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         s = self.settings
-        distributed.init_world(self.rank, self.world_size, *self.address, minutes=s.distributed_timeout_minutes)
+        distributed.init_world(self.rank, self.world_size, *self.address, s.distributed_timeout_minutes, self.listener)
         distributed.init_model_parallel(s)
         torch.manual_seed(s.seed)
         self.model = wrap_for_training(build_model(self.shape, s, self.device), s)
