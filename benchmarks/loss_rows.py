@@ -238,12 +238,12 @@ def whole_step(s: Shape, tokens: int, length: int) -> list[dict]:
 def ratios(steps: list[dict]) -> list[dict]:
     """Kept against the ways of others, in one run: how many times faster, which part of the peak."""
     out = []
-    for tokens, trunk in dict.fromkeys((r["tokens"], r["trunk"]) for r in steps):
-        by_way = {r["way"]: r for r in steps if (r["tokens"], r["trunk"]) == (tokens, trunk)}
+    for case in dict.fromkeys((r["tokens"], r["trunk"], r.get("gradients", "bf16")) for r in steps):
+        by_way = {r["way"]: r for r in steps if (r["tokens"], r["trunk"], r.get("gradients", "bf16")) == case}
         kept = by_way.get("kept, ours, last layer on kept rows") or by_way["kept, ours"]
         for name, other in by_way.items():
             if name.startswith("all") and other["ms"] and kept["ms"]:
-                out.append({"tokens": tokens, "trunk": trunk, "kept against": name, "times faster": other["ms"] / kept["ms"],
+                out.append({**dict(zip(("tokens", "trunk", "gradients"), case, strict=True)), "kept against": name, "times faster": other["ms"] / kept["ms"],
                             "peak, part of": kept["peak GiB"] / other["peak GiB"] if kept["peak GiB"] else None})
     return out
 
@@ -258,7 +258,7 @@ def verdict(tables: dict[str, list[dict]]) -> dict[str, bool]:
         out[f"head at 10 % of the rows: at most {TARGETS['head_ms']} ms"] = r["ms"] <= TARGETS["head_ms"]
         out[f"and {TARGETS['head_extra_gib']} GiB extra"] = r["extra GiB"] <= TARGETS["head_extra_gib"]
     for r in tables.get("ratios", []):
-        where = f"{r['trunk']} trunk, {r['tokens']} tokens: kept "
+        where = f"{r['trunk']} trunk, {r['tokens']} tokens, gradients in {r['gradients']}: kept "
         if r["kept against"] == "all, plain":
             out[f"{where}{TARGETS['faster_than_all']} x faster than all"] = r["times faster"] >= TARGETS["faster_than_all"]
             out[f"{where}at most {TARGETS['of_its_peak']} of its peak"] = r["peak, part of"] <= TARGETS["of_its_peak"]

@@ -73,7 +73,7 @@ def step_batch(s: Shape, tokens: int, length: int, share: float) -> dict:
 
 
 @contextmanager
-def one_rank(s: Shape, max_tokens: int, bf16: bool) -> Iterator[tuple]:
+def one_rank(s: Shape, max_tokens: int, bf16: bool, grads_in_fp32: bool = True) -> Iterator[tuple]:
     """(model in megatron-core's DDP, settings, device) of the trainer on one rank, full recompute, random weights."""
     cpu_runtime.install()
     device = m.device()
@@ -83,7 +83,7 @@ def one_rank(s: Shape, max_tokens: int, bf16: bool) -> Iterator[tuple]:
     with cpu_runtime.cpu_runtime():
         settings = Settings.from_args(Namespace(
             bf16=bf16, max_tokens_per_gpu=max_tokens, recompute_granularity="full", recompute_method="uniform",
-            recompute_num_layers=1))
+            recompute_num_layers=1, accumulate_allreduce_grads_in_fp32=grads_in_fp32))
         distributed.init_world(0, 1, "127.0.0.1", port)
         distributed.init_model_parallel(settings)
         torch.manual_seed(0)
@@ -104,21 +104,26 @@ def stepper_of(model, settings: Settings, loss: LossSpec, device: torch.device, 
 
 
 def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10) -> list[dict]:
-    """One row a way and size. Gradients go to megatron-core's f32 buffers, which are allocated before and counted in the peak."""
+    """One row a way, size and dtype of the gradient buffers, which are allocated before and counted in the peak."""
     out: list[dict] = []
-    with one_rank(s, max(sizes), bf16=m.device().type == "cuda") as (model, settings, device):
-        for tokens in sizes:
-            data = step_batch(s, tokens, length, share)
-            for name, (rows, loss, last) in WAYS.items():
-                spec = get_loss("sampled_reverse_kl") if loss == "ours" else comparison_loss(loss)
-                stepper = stepper_of(model, settings, spec, device, opd_loss_rows=rows, opd_last_layer_rows=last)
-                m.free()
-                row = {"tokens": tokens, "trunk": "megatron", "way": name, "ms": None, "peak GiB": None}
-                try:
-                    cost = m.measure(lambda st=stepper, d=data: st.gradients(d, d["steps"][0]), before=model.zero_grad_buffer,
-                                     warmup=1, repeats=3)
-                    row |= {"ms": cost.ms, "spread": cost.spread, "peak GiB": m.gib(cost.peak)}
-                except torch.cuda.OutOfMemoryError:
-                    pass
-                out.append(row)
+    for grads in ("fp32", "bf16"):
+        with one_rank(s, max(sizes), m.device().type == "cuda", grads == "fp32") as (model, settings, device):
+            for tokens in sizes:
+                data = step_batch(s, tokens, length, share)
+                out += [_one_way(model, settings, device, data, name, {"tokens": tokens, "trunk": "megatron", "gradients": grads}) for name in WAYS]
+        del model
+        m.free()
     return out
+
+
+def _one_way(model, settings: Settings, device: torch.device, data: dict, name: str, row: dict) -> dict:
+    rows, loss, last = WAYS[name]
+    spec = get_loss("sampled_reverse_kl") if loss == "ours" else comparison_loss(loss)
+    stepper = stepper_of(model, settings, spec, device, opd_loss_rows=rows, opd_last_layer_rows=last)
+    m.free()
+    row |= {"way": name, "ms": None, "peak GiB": None}
+    try:
+        cost = m.measure(lambda: stepper.gradients(data, data["steps"][0]), before=model.zero_grad_buffer, warmup=1, repeats=3)
+    except torch.cuda.OutOfMemoryError:
+        return row
+    return row | {"ms": cost.ms, "spread": cost.spread, "peak GiB": m.gib(cost.peak)}

@@ -89,6 +89,7 @@ def train(rank, ranks, port, model, data, steps: int = 3, grads: bool = True, **
     if grads and not changes.get("use_distributed_optimizer"):
         out["gradients"] = raw_gradients(trainer, own)
     out["row_queries"] = _row_queries_used(trainer, own)
+    out["gradient_dtypes"] = {str(p.main_grad.dtype) for p in trainer.model.parameters()}
     out["metrics"] = [trainer.train(step, own) for step in range(steps)]
     out["weights"] = export(trainer)
     return out

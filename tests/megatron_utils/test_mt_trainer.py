@@ -118,6 +118,16 @@ def test_micro_batches_and_packing_do_not_change_the_step(pool, models):
         np.testing.assert_allclose(small["weights"][name], expected, atol=3e-7, rtol=0)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradient_buffers_in_bf16(pool, models, ranks):
+    """--no-accumulate-allreduce-grads-in-fp32: buffers of half the size; the step is that of fp32 buffers within bf16."""
+    common = dict(model=models("qwen3", True), data=data(), steps=1, ranks=ranks, fp32=False, bf16=True, grads=False)
+    wide, narrow = (pool.run("train", accumulate_allreduce_grads_in_fp32=wide, **common)[0] for wide in (True, False))
+    assert (wide["gradient_dtypes"], narrow["gradient_dtypes"]) == ({"torch.float32"}, {"torch.bfloat16"})
+    assert narrow["metrics"][0]["loss"] == wide["metrics"][0]["loss"]
+    assert narrow["metrics"][0]["grad_norm"] == pytest.approx(wide["metrics"][0]["grad_norm"], rel=1e-2)
+
+
 def test_several_steps_in_a_rollout(pool, models, references):
     """Two optimizer steps a rollout, each with its own denominators, as two batches one after the other."""
     import mt_tiny

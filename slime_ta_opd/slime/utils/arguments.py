@@ -18,7 +18,7 @@ from ta_opd.selection import MASK_CHOICES
 # Megatron/slime flags of known launchers that decide nothing in this tree: flag -> number of values
 ACCEPTED_ONLY = {
     "--no-rope-fusion": 0, "--no-masked-softmax-fusion": 0, "--no-persist-layer-norm": 0,
-    "--no-gradient-accumulation-fusion": 0, "--attention-softmax-in-fp32": 0, "--accumulate-allreduce-grads-in-fp32": 0,
+    "--no-gradient-accumulation-fusion": 0, "--attention-softmax-in-fp32": 0,
     "--attention-dropout": 1, "--hidden-dropout": 1, "--attention-backend": 1, "--megatron-to-hf-mode": 1,
     "--qkv-format": 1, "--balance-data": 0, "--use-kl-loss": 0, "--kl-loss-coef": 1, "--kl-loss-type": 1,
     "--entropy-coef": 1, "--expert-tensor-parallel-size": 1, "--num-gpus-per-node": 1,
@@ -278,6 +278,8 @@ def _parallel(parser):
     g.add_argument("--use-distributed-optimizer", action="store_true", help="split optimizer state over DP")
     g.add_argument("--overlap-grad-reduce", action="store_true", help="reduce gradients during the backward pass")
     g.add_argument("--overlap-param-gather", action="store_true", help="gather parameters during the forward pass")
+    g.add_argument("--accumulate-allreduce-grads-in-fp32", action=argparse.BooleanOptionalAction, default=True,
+                   help="gradient buffers of a bf16 model in fp32; --no-...: in bf16, 2 bytes a parameter less")  # fmt: skip
     g.add_argument("--recompute-granularity", choices=("full", "selective"), help="activations computed again in the backward pass")
     g.add_argument("--recompute-method", choices=("uniform", "block"), help="which layers --recompute-granularity full covers")
     g.add_argument("--recompute-modules", nargs="+", help="what --recompute-granularity selective covers")

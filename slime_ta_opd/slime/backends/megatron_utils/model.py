@@ -192,7 +192,7 @@ def wrap_for_training(model: PackedGPTModel, settings: Settings) -> DistributedD
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=settings.accumulate_allreduce_grads_in_fp32,
             use_distributed_optimizer=settings.use_distributed_optimizer,
             overlap_grad_reduce=settings.overlap_grad_reduce,
             overlap_param_gather=settings.overlap_param_gather,

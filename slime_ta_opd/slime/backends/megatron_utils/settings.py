@@ -39,6 +39,7 @@ class Settings:
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    accumulate_allreduce_grads_in_fp32: bool = True
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
