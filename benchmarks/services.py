@@ -66,7 +66,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--response-len", type=int)
     p.add_argument("--ks", type=int, nargs="+", default=[0, 16, 64])
     p.add_argument("--repeats", type=int, default=2)
-    p.add_argument("--sync-gpus", default="0", help="GPUs of trainer and engine, e.g. 0 (colocated) or 0,1 (apart)")
+    p.add_argument("--sync-gpus", default="0", help="GPUs of trainer and engine among those visible, e.g. 0 (colocated) or 0,1 (apart)")
     p.add_argument("--json", help="also write the rows here")
     o = p.parse_args()
     small = o.device == "cpu"
@@ -100,13 +100,14 @@ class Bench:
         args = self.args
         apart = "," in self.o.sync_gpus and self.o.parts == ["sync"]
         gpus = self.o.sync_gpus.split(",")
+        visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1,2,3,4,5,6,7").split(",")
         args.hf_checkpoint = str(self._model(self.names[0], "student", 0))
         teacher = str(self._model(self.names[1], "teacher", 1))
         args.student_config = json.loads(Path(args.hf_checkpoint, "config.json").read_text())
         args.sglang_passthrough = ["--load-format", "dummy"] if self.o.device == "cuda" else []
         roles = [("student", args.hf_checkpoint)] + ([] if self.o.parts == ["sync"] else [("teacher", teacher)])
         for role, path in roles:
-            env = {"CUDA_VISIBLE_DEVICES": gpus[1] if apart else gpus[0]} if self.o.device == "cuda" else {"OMP_NUM_THREADS": "1"}
+            env = {"CUDA_VISIBLE_DEVICES": visible[int(gpus[-1] if apart else gpus[0])]} if self.o.device == "cuda" else {"OMP_NUM_THREADS": "1"}
             log = Path(os.environ.get("OUT", tempfile.gettempdir())) / f"services-{role}.log"
             self.servers.append(SGLangServer.for_run(args, role, path, log_file=log, device_env=env))
         begin = time.time()
