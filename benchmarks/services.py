@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "slime_ta_opd")]
 
@@ -32,6 +33,7 @@ from slime.backends.sglang_utils.server import SGLangServer  # noqa: E402
 from slime.rollout.data_source import PromptDataSource  # noqa: E402
 from slime.rollout.sampling import shared_ids  # noqa: E402
 from slime.rollout.sglang_rollout import generate_rollout  # noqa: E402
+from slime.utils import memory  # noqa: E402
 from ta_opd.slime_patch.teacher import exact_windows, merge_known  # noqa: E402
 
 SHAPES = {
@@ -280,22 +282,18 @@ class Bench:
             source.next_group = source.next_index = source.position = 0
             generate_rollout(argparse.Namespace(**vars(self.args), **{name: True}), 0, source, self.clients)
             self.row("overlap", for_comparison=name, seconds=time.perf_counter() - began, **self.clients.take_seconds())
-        kept_rollouts = []
+        kept_rollouts, before = [], resident()
         for n in range(self.o.repeats):
             loop.run(self.clients.teachers["default"].flush_cache())
             began = time.perf_counter()
             source.next_group = source.next_index = source.position = 0  # the same prompts, lengths and seeds each time
             groups = generate_rollout(self.args, n, source, self.clients)
             seconds, parts = time.perf_counter() - began, self.clients.take_seconds()
-            gc.collect()
-            kept = held_bytes([s for g in groups for s in g]) / tokens
             kept_rollouts.append(groups)
+            grown = (psutil.Process().memory_info().rss - before) / (tokens * len(kept_rollouts))  # as the rollout left it
+            kept = held_bytes([s for g in groups for s in g]) / tokens
             self.row("overlap", seconds=seconds, generation_alone=alone, last_score=one, ratio=seconds / (alone + one),
-                     not_hidden=parts["score"], bytes_per_token=kept)  # fmt: skip
-        number, held = len(kept_rollouts), resident()
-        kept_rollouts.clear()
-        del groups
-        self.row("overlap", rollouts_kept=number, resident_bytes_per_token=(held - resident()) / (tokens * number))
+                     not_hidden=parts["score"], bytes_per_token=kept, rollouts_kept=n + 1, resident_bytes_per_token=grown)  # fmt: skip
 
     def router(self) -> None:
         """Two engines, 8 samples a prompt: our own balancing (fewest in flight) against sglang-router in front.
@@ -399,12 +397,8 @@ class PreparedIds:
 
 def resident() -> int:
     """Bytes of this process in memory, without what the allocator keeps for later."""
-    import ctypes
-
-    import psutil
-
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    memory.return_unused()
     return psutil.Process().memory_info().rss
 
 

@@ -55,23 +55,45 @@ def test_seeds():
     assert 0 <= sampling_seed(3, 10**9, True) < 2**31
 
 
-def test_scoring_starts_before_the_last_sample_is_generated(args, tokenizer):
-    both = clients()
-    both.student.delay = 0.05
-    order = []
-    both.student.hook = lambda kind, n: order.append("g")
-    both.teachers["default"].hook = lambda kind, n: order.append("s")
-    args.n_samples_per_prompt = 1
-    original = both.student.generate
+def test_a_finished_sample_is_scored_while_the_others_are_still_generated(args, tokenizer):
+    """Event by event: a response is only given once every one before it has been asked for at the teacher, and the last request of
+    the teacher is only answered then. Were scoring put off, this would time out."""
+    both, events = clients(), []
+    student, teacher = both.student, both.teachers["default"]
+    original = student.generate
 
-    async def slower(ids, params, *rest, **kw):
-        await asyncio.sleep(0.1 * (len(both.student.calls) % 3))
-        return await original(ids, params, *rest, **kw)
+    async def one_after_another(ids, params, *rest, **kw):
+        turn = len(student.calls)
+        reply = await original(ids, params, *rest, **kw)
+        async with asyncio.timeout(30):
+            while events.count("asked") < turn:
+                await asyncio.sleep(0.001)
+        events.append("generated")
+        return reply
 
-    both.student.generate = slower
+    async def scored(*rest, _score=teacher.score, **kw):
+        events.append("asked")
+        while events.count("generated") < 6:
+            await asyncio.sleep(0.001)
+        return await _score(*rest, **kw)
+
+    student.generate, teacher.score = one_after_another, scored
     generate_rollout(args, 0, PromptDataSource(args, tokenizer), both)
-    assert order.index("s") < len(order) - 1 - order[::-1].index("g") or order.count("g") == 3 and "s" in order
-    args.score_after_generation = True
+    assert events == ["generated", "asked"] * 6
+
+
+def test_the_teacher_is_asked_before_the_text_of_a_response_is_made(args, tokenizer, monkeypatch):
+    both, events = clients(), []
+    both.teachers["default"].hook = lambda kind, n: events.append("asked")
+    decode = type(tokenizer).decode
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, *a, **kw: events.append("text") or decode(self, *a, **kw))
+    args.rollout_batch_size = args.n_samples_per_prompt = 1
+    (sample,) = flat(generate_rollout(args, 0, PromptDataSource(args, tokenizer), both))
+    assert events == ["asked", "text"] and sample.response == decode(tokenizer, sample.response_ids, skip_special_tokens=True)
+
+
+def test_scoring_can_wait_for_the_end_of_generation(args, tokenizer):
+    args.score_after_generation, args.n_samples_per_prompt = True, 1
     both, order = clients(), []
     both.student.hook = lambda kind, n: order.append("g")
     both.teachers["default"].hook = lambda kind, n: order.append("s")

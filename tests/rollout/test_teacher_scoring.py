@@ -119,6 +119,21 @@ def test_large_responses_are_asked_in_several_requests(monkeypatch):
     assert len(teacher.calls) > 3 and np.isfinite(sample.teacher_at_student_ids).all()
 
 
+def test_windows_are_cut_off_the_event_loop(monkeypatch):
+    """A long response has hundreds of windows: while they are found, other samples' requests go out."""
+    import threading
+
+    threads, cut = [], opd.exact_windows
+
+    def noting(*args, **kwargs):
+        threads.append(threading.current_thread())
+        return cut(*args, **kwargs)
+
+    monkeypatch.setattr(opd, "exact_windows", noting)
+    score(arguments(), make())
+    assert len(threads) == 1 and threads[0] is not threading.current_thread()
+
+
 def test_released_names_are_importable_without_the_stack():
     import subprocess
     import sys

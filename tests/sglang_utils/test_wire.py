@@ -82,17 +82,18 @@ def held(array) -> int:
     return array.nbytes if isinstance(array, np.ndarray | memoryview) else len(array)
 
 
-@pytest.mark.parametrize("flat", [True, False])
-def test_what_stays_of_a_reply_is_its_arrays(flat):
+@pytest.mark.parametrize("flat, before", [(True, 0), (False, 0), (True, 300)])
+def test_what_stays_of_a_reply_is_its_arrays(flat, before):
+    """before: prompt positions that the server scored as well."""
     n, k = 500, 16
     top = [[[-0.5 - i - j / 100, 1000 * j + i, None] for i in range(k)] for j in range(n)]
     meta = {"finish_reason": {"type": "length"}, "input_token_logprobs": [[None, 1, None], *([-0.25, 5, None] for _ in range(n))]}
     if flat:
-        rows = np.array([[[v, i] for v, i, _ in row] for row in top])
+        rows = np.array([[[v, i] for v, i, _ in row] for row in top[:before] + top])
         meta |= {
             "input_top_logprobs_val_flat_b64": base64.b64encode(rows[..., 0].astype(np.float32).tobytes()).decode(),
             "input_top_logprobs_idx_flat_b64": base64.b64encode(rows[..., 1].astype(np.int32).tobytes()).decode(),
-            "input_top_logprobs_shape": [n, k],
+            "input_top_logprobs_shape": [before + n, k],
         }
     else:
         meta["input_top_logprobs"] = [None, *top]

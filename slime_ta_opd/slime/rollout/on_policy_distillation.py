@@ -50,8 +50,7 @@ async def score_sample(args: Any, sample: Any, client: Any) -> None:
         return
     sample.teacher_topk = within_vocabulary(reply.topk, vocabulary)
     if needs_exact(args):
-        known_LK = merge_known(sample.student_topk.ids, sample.teacher_topk)
-        await _ask_missing(args, sample, client, known_LK, reply.url)
+        known_LK = await _ask_missing(args, sample, client, reply.url)
         sample.teacher_at_student_ids = known_LK.astype(np.float32, copy=False)
 
 
@@ -65,23 +64,12 @@ def within_vocabulary(topk: TopK, size: int | None) -> TopK:
     ).checked()
 
 
-async def _ask_missing(args: Any, sample: Any, client: Any, known_LK: np.ndarray, url: str) -> None:
-    """Fills the NaNs of `known_LK` from short windows over the prefix that the first request left in the teacher's cache."""
+async def _ask_missing(args: Any, sample: Any, client: Any, url: str) -> np.ndarray:
+    """[L, K] teacher log-probs at the student's top-K ids: what the first reply does not hold comes from short windows over the
+    prefix that it left in the teacher's cache."""
     student_LK, prompt = sample.student_topk.ids, sample.prompt_length
-    missing_LK = np.isnan(known_LK) & (student_LK != PAD_ID)
-    teacher_vocabulary = getattr(client, "vocab_size", None)
-    if teacher_vocabulary is not None:
-        beyond_LK = missing_LK & (student_LK >= teacher_vocabulary)
-        known_LK[beyond_LK] = -np.inf
-        missing_LK &= ~beyond_LK
-    max_ids = getattr(args, "opd_exact_cmass_max_union", 4096)
-    overflow = getattr(args, "opd_exact_cmass_overflow", "fallback")
-    windows = []
-    window = getattr(args, "opd_exact_cmass_window", None)
-    for start, end, ids in exact_windows(student_LK, ~missing_LK, max_ids=max_ids, window=window):
-        ids = limit_ids(ids, max_ids, overflow)
-        if ids is not None:
-            windows.append((start, end, ids))
+    # thousands of small steps for a long response: in a thread, so that other samples' requests go out meanwhile
+    known_LK, missing_LK, windows = await asyncio.to_thread(_missing, args, sample, getattr(client, "vocab_size", None))
 
     async def ask(part: list) -> None:
         asked = [(prompt + start, prompt + end, ids) for start, end, ids in part]
@@ -95,6 +83,23 @@ async def _ask_missing(args: Any, sample: Any, client: Any, known_LK: np.ndarray
             np.copyto(known_LK[start:end], found_WK, where=take_WK & ~np.isnan(found_WK))
 
     await asyncio.gather(*(ask(part) for part in _parts(windows, prompt)))
+    return known_LK
+
+
+def _missing(args: Any, sample: Any, teacher_vocabulary: int | None) -> tuple[np.ndarray, np.ndarray, list]:
+    """(known log-probs [L, K], NaN where unknown; bool [L, K], where one is missing; windows (begin, end, ids) to ask for)."""
+    student_LK = sample.student_topk.ids
+    known_LK = merge_known(student_LK, sample.teacher_topk)
+    missing_LK = np.isnan(known_LK) & (student_LK != PAD_ID)
+    if teacher_vocabulary is not None:
+        beyond_LK = missing_LK & (student_LK >= teacher_vocabulary)
+        known_LK[beyond_LK] = -np.inf
+        missing_LK &= ~beyond_LK
+    max_ids = getattr(args, "opd_exact_cmass_max_union", 4096)
+    overflow = getattr(args, "opd_exact_cmass_overflow", "fallback")
+    window = getattr(args, "opd_exact_cmass_window", None)
+    cut = ((b, e, limit_ids(ids, max_ids, overflow)) for b, e, ids in exact_windows(student_LK, ~missing_LK, max_ids=max_ids, window=window))
+    return known_LK, missing_LK, [(begin, end, ids) for begin, end, ids in cut if ids is not None]
 
 
 def _parts(windows: list, prompt: int) -> list[list]:

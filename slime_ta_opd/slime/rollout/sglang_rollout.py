@@ -11,6 +11,7 @@ from slime.backends.sglang_utils import loop
 from slime.rollout.on_policy_distillation import score_sample
 from slime.rollout.progress import Progress
 from slime.rollout.sampling import call_custom, restart, sample_response, sampling_params
+from slime.utils import memory
 from slime.utils.misc import load_function, load_tokenizer
 from slime.utils.types import Sample
 from ta_opd.errors import DataError, TaOpdError
@@ -27,7 +28,8 @@ def generate_rollout(args: Any, rollout_id: int, data_source: Any, clients: Any,
     given back to it, finished samples as they are, so that a second call goes on where this one ended.
     """
     run = _Rollout(args, rollout_id, data_source, clients, evaluation)
-    return loop.run(run.evaluate() if evaluation else run.train())
+    with memory.returned_after():
+        return loop.run(run.evaluate() if evaluation else run.train())
 
 
 class _Rollout:
@@ -103,10 +105,12 @@ class _Rollout:
         self.sampled_at = max(self.sampled_at, time.monotonic())
         if sample.status is Sample.Status.ABORTED:
             return
-        sample.response = self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
-        if not self.score_last:
-            await self._score(sample)
+        scoring = [] if self.score_last else [self._score(sample)]
+        await asyncio.gather(*scoring, self._decode(sample))  # the teacher is asked first: it need not wait for the text
         self.progress.update()
+
+    async def _decode(self, sample: Sample) -> None:
+        sample.response = self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
 
     async def _score(self, sample: Sample) -> None:
         if not self.scoring or sample.teacher_log_probs is not None:

@@ -189,7 +189,9 @@ def score_topk(meta: dict, top_k: int, length: int) -> TopK:
         raise DataError(f"score: the packed top-k of the reply is damaged ({error})") from error
     if rows < length:
         raise DataError(f"score: expected the top-k of {length} positions, got {rows}")
-    topk = TopK(ids[rows - length :], logprobs[rows - length :])
+    if rows > length:  # a copy: a part of the reply must not keep all of it
+        ids, logprobs = ids[rows - length :].copy(), logprobs[rows - length :].copy()
+    topk = TopK(ids, logprobs)
     if width != top_k or not np.isfinite(topk.logprobs).all():
         return _width(topk.checked(), top_k)
     return topk
@@ -197,7 +199,7 @@ def score_topk(meta: dict, top_k: int, length: int) -> TopK:
 
 def _width(topk: TopK, top_k: int) -> TopK:
     if topk.K >= top_k:
-        return TopK(topk.ids[:, :top_k], topk.logprobs[:, :top_k])
+        return TopK(topk.ids[:, :top_k].copy(), topk.logprobs[:, :top_k].copy())
     wide = TopK.empty(topk.T, top_k, topk.logprobs.dtype)
     wide.ids[:, : topk.K], wide.logprobs[:, : topk.K] = topk.ids, topk.logprobs
     return wide

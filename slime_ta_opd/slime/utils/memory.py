@@ -1,0 +1,36 @@
+"""What replies took and freed goes back to the system: allocators would keep it, between arrays that stay."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def returned_after() -> Iterator[None]:
+    """For work that takes much memory and keeps little of it, such as a rollout whose replies become arrays.
+
+    Inside, Arrow allocates from the C library, whose freed memory can be returned, and not from a pool that keeps a copy for each
+    thread. At the end the C library returns what is free (glibc; elsewhere nothing happens). Bytes resident at most: the arrays that
+    are kept, and what the allocators round up.
+    """
+    try:
+        import pyarrow as pa
+    except ImportError:
+        pa = None
+    pool = pa.default_memory_pool() if pa is not None else None
+    if pool is not None:
+        pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        if pool is not None:
+            pa.set_memory_pool(pool)
+        return_unused()
+
+
+def return_unused() -> None:
+    """Has the C library return what is free, down to single pages (milliseconds)."""
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
