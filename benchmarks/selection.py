@@ -2,6 +2,7 @@
 
     python benchmarks/selection.py            # 32,768 and 1,048,576 tokens, K = 16 and 64: some minutes, 8 GB of memory
     python benchmarks/selection.py --quick    # 8,192 tokens, K = 16: seconds
+    python benchmarks/selection.py --parts replies    # one table; the other is kept as it was in the file
 
 One core: every library is told to use one thread. "us/token" is the best of a few runs, in CPU time (what the work costs) and in wall
 time (what the clock showed; larger when other programs use the machine). Peak memory counts every array alive, the inputs
@@ -213,14 +214,14 @@ def machine() -> dict:
 def print_tables(result: dict) -> None:
     print(f"\nmetrics + scores + selection, one core, {result['machine']['cpu']}")
     print(f"{'tokens':>9} {'K':>3} {'mode':<18} {'us/token cpu':>12} {'wall':>6} {'loop us':>8} {'x loop':>7} {'memory x':>8}")
-    for row in result["selection"]:
+    for row in result.get("selection", ()):
         print(
             f"{row['tokens']:>9,} {row['K']:>3} {row['mode']:<18} {row['cpu_us_per_token']:>12.2f} {row['wall_us_per_token']:>6.2f} "
             f"{row['loop_us_per_token']:>8.0f} {row['times_loop']:>7.0f} {row['memory']:>8.2f}"
         )
     print("\nreply bytes to finished parquet bank")
     print(f"{'tokens':>9} {'K':>3} {'teacher':<8} {'bytes/token':>11} {'us/token cpu':>12} {'wall':>6}")
-    for row in result["replies"]:
+    for row in result.get("replies", ()):
         print(
             f"{row['tokens']:>9,} {row['K']:>3} {row['teacher']:<8} {row['bytes_per_token']:>11.0f} {row['cpu_us_per_token']:>12.2f} "
             f"{row['wall_us_per_token']:>6.2f}"
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 1_048_576], help=f"multiples of {RESPONSE}")
     parser.add_argument("--k", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--modes", nargs="+", default=["paper", "paper, union_tail", "released"])
+    parser.add_argument("--parts", nargs="+", choices=["selection", "replies"], default=["selection", "replies"])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="8,192 tokens, K = 16")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "selection.json")
@@ -241,14 +243,17 @@ def main() -> None:
         args.tokens, args.k = [8192], [16]
     if any(T % RESPONSE or T < RESPONSE for T in args.tokens):
         parser.error(f"--tokens: expected multiples of {RESPONSE}, got {args.tokens}")
-    result = {"selection": [], "replies": []}
+    result = {part: [] for part in args.parts}
+    if len(args.parts) == 1 and args.output.exists():
+        result = {**json.loads(args.output.read_text()), **result}
     for T in args.tokens:
         runs = max(2, args.runs if T < 1 << 19 else args.runs // 2)
         for K in args.k:
             # The float64 parity dtype is for comparisons with released runs: small batches are enough to price it.
-            for mode in (m for m in args.modes if m != "released" or T < 1 << 19):
+            for mode in (m for m in args.modes if "selection" in args.parts and (m != "released" or T < 1 << 19)):
                 result["selection"].append(measure(T, K, mode, runs))
-            result["replies"] += [measure_replies(T, K, packed, 2) for packed in (False, True)]
+            if "replies" in args.parts:
+                result["replies"] += [measure_replies(T, K, packed, 2) for packed in (False, True)]
     result["machine"] = machine()
     print_tables(result)
     args.output.parent.mkdir(parents=True, exist_ok=True)

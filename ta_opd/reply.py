@@ -1,11 +1,11 @@
 """From the bytes of a server's reply to arrays: the top-k lists never become Python objects where they are regular.
 
 A reply holds K triples a token, `[logprob, id, null]`. As Python lists they cost about 100 ns a triple, and ten times that while the
-garbage collector follows the new lists around. Here the two big fields are cut out of the text, turned into lines by one pass over the
-bytes and read by Arrow's CSV parser; the small rest goes through orjson. Irregular lists (short, null, with text, not finite) take the
-general way, `TopK.from_reply`.
+garbage collector follows the new lists around. Here the two big fields are cut out of the text; one pass finds the commas, whose distances
+show whether every position has K triples, and Arrow reads the numbers where they stand. The small rest goes through orjson. Irregular
+lists (short, null, with text, not finite) take the general way, `TopK.from_reply`.
 
-Shape suffixes: T positions, K entries.
+Shape suffixes: T positions, K entries, N = T x K.
 """
 
 import gc
@@ -19,12 +19,10 @@ from ta_opd.topk import REPLY_FIELD, TopK
 
 try:
     import pyarrow as pa
-    import pyarrow.csv as pa_csv
 except ImportError:
     pa = None
 
-_LINES = bytes.maketrans(b":]", b",\n")
-_NEWLINE = 10
+_LARGEST_OFFSET = np.iinfo(np.int32).max
 
 
 @contextmanager
@@ -80,38 +78,46 @@ def _cut_field(raw: bytes, field: bytes) -> tuple[int, int] | None:
 
 
 def _regular_topk(raw: bytes, start: int, end: int, K: int, length: int, dtype) -> TopK | None:
-    """TopK of `[[[logprob,id,null],...],...]` in raw[start:end] if every position has K unnamed entries, else None."""
-    # From the ":" before it, or from the "," behind a leading null. "[" goes, "]" ends a line, "null" becomes nothing: lines of
-    # ",logprob,id,", an empty line after each position and one more at the end.
-    first = start + 5 if raw.startswith(b"[null,", start) else start - 1
-    lines = raw[first:end].translate(_LINES, b"[ nul")
-    ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == _NEWLINE)[:-1]
-    if ends.size % (K + 1) or ends.size // (K + 1) < length:
+    """TopK of `[[[logprob,id,null],...],...]` in raw[start:end] if every position has K such triples, else None."""
+    if len(raw) > _LARGEST_OFFSET:
         return None
-    ends_TK = ends.reshape(-1, K + 1)
-    if (ends_TK[:, -1] != ends_TK[:, -2] + 1).any():
+    # From the "[[" of the first position; the end of the text stands for the comma behind the last triple.
+    first = start + 6 if raw.startswith(b"[null,", start) else start + 1
+    text = np.frombuffer(raw, np.uint8, end - first, first)
+    commas = np.append(np.flatnonzero(text == ord(",")), end - first)
+    if commas.size % (3 * K) or commas.size // (3 * K) < length:
         return None
-    skip = ends_TK.shape[0] - length
-    if skip:
-        lines = lines[ends_TK[skip - 1, -1] + 1 :]
+    # Behind the log-prob, behind the id, behind the triple.
+    after_logprob_N, after_id_N, after_N = (commas[place::3] for place in range(3))
+    # What lies between the last two: ",null]" inside a position, ",null]]" where one ends, ",null]]]" at the end of all.
+    widths_TK = (after_N - after_id_N).reshape(-1, K)
+    regular = (widths_TK[:, :-1] == 6).all() and (widths_TK[:-1, -1] == 7).all() and widths_TK[-1, -1] == 8
+    starts_N = np.empty_like(after_N)
+    starts_N[0] = 2
+    np.add(after_N[:-1], 2, out=starts_N[1:])
+    starts_N[K::K] += 1
+    if not regular or (starts_N > after_logprob_N).any():
+        return None
+    rows = slice(starts_N.size - length * K, None)
     try:
-        table = pa_csv.read_csv(
-            pa.BufferReader(lines),
-            read_options=pa_csv.ReadOptions(column_names=["", "logprob", "id", "text"], use_threads=False),
-            convert_options=pa_csv.ConvertOptions(
-                column_types={"logprob": pa.float64(), "id": pa.int32(), "text": pa.null()},
-                include_columns=["logprob", "id"],
-                null_values=[""],
-            ),
-        )
+        logprobs = _numbers(raw, starts_N[rows] + first, after_logprob_N[rows] + first, pa.float64())
+        ids = _numbers(raw, after_logprob_N[rows] + (first + 1), after_id_N[rows] + first, pa.int32())
     except pa.ArrowInvalid:
         return None
-    # Fewer lines than that: an empty line stood elsewhere too, so some positions were short.
-    if table.num_rows != length * K or table["logprob"].null_count or table["id"].null_count:
-        return None
-    logprobs = table["logprob"].to_numpy()
-    ids = table["id"].to_numpy()
     if not np.isfinite(logprobs).all() or ids.min() < 0:
         return None
-    # astype copies: Arrow's own arrays are read-only.
-    return TopK.from_arrays(ids.reshape(length, K).astype(np.int32), logprobs.reshape(length, K).astype(dtype))
+    # astype copies: Arrow's own arrays are read-only, and hold twice what is wanted.
+    return TopK.from_arrays(ids.astype(np.int32).reshape(length, K), logprobs.astype(dtype).reshape(length, K))
+
+
+def _numbers(raw: bytes, starts_N: np.ndarray, ends_N: np.ndarray, kind) -> np.ndarray:
+    """[N] numbers of Arrow type `kind` written in raw[start:end] each, in order and without overlap. ArrowInvalid where one is none.
+
+    To Arrow it is one column of 2N strings that follow one another in the text: every second one is a number, those between are null.
+    """
+    N = starts_N.size
+    offsets = np.empty(2 * N + 1, np.int32)
+    offsets[:-1:2], offsets[1::2], offsets[-1] = starts_N, ends_N, ends_N[-1]
+    buffers = [pa.py_buffer(b"\x55" * (N // 4 + 1)), pa.py_buffer(offsets), pa.py_buffer(raw)]
+    numbers = pa.Array.from_buffers(pa.string(), 2 * N, buffers, N).cast(kind)
+    return np.frombuffer(numbers.buffers()[1], kind.to_pandas_dtype(), 2 * N)[::2]

@@ -85,6 +85,51 @@ def test_spaces_and_not_a_number():
         read_reply(raw, "student", K, 9)
 
 
+def damaged(raw: bytes, rng: random.Random) -> bytes:
+    """A few bytes of the top-k's text changed, dropped, put in or doubled."""
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(raw.find(b"_top_logprobs"), len(raw))
+        kind, more = rng.randrange(4), rng.choices(b'[],nul-0123456789.e ":{}', k=rng.randint(1, 3))
+        if kind == 0:
+            raw[at] = more[0]
+        elif kind == 1:
+            del raw[at : at + rng.randint(1, 8)]
+        else:
+            raw[at:at] = bytes(more) if kind == 2 else raw[at : at + rng.randint(1, 40)]
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_whatever_stands_in_the_text_both_ways_agree_where_it_is_json(side):
+    def outcome(work):
+        try:
+            topk = work()
+        except Exception as error:
+            return type(error)
+        return topk.ids.tolist(), topk.logprobs.tolist()
+
+    rng, compared = random.Random(3), 0
+    for seed in range(6000):
+        raw = damaged(reply(side, regular(3, seed)), rng)
+        try:
+            info = orjson.loads(raw)["meta_info"]
+        except (orjson.JSONDecodeError, KeyError):
+            continue
+        fast = outcome(lambda raw=raw: read_reply(raw, side, K, 2, dtype=np.float64)[1])
+        slow = outcome(lambda info=info: TopK.from_reply(info, side, K, 2, dtype=np.float64))
+        assert fast == slow, raw
+        compared += 1
+    assert compared > 200
+
+
+def test_text_that_is_no_json_gives_an_error_or_numbers_never_a_crash():
+    raw = reply("student", regular(3))
+    for old, new in ((b",null],[", b",null],,"), (b"[[[", b"[[,"), (b",null]],[[", b",null]],,,")):
+        with pytest.raises(DataError, match="no JSON"):
+            read_reply(raw[: raw.find(b"_top_")] + raw[raw.find(b"_top_") :].replace(old, new), "student", K, 3)
+
+
 def test_mixed_counts_that_add_up_are_not_taken_for_regular():
     positions = regular(4)
     positions[1].append(positions[2].pop())
