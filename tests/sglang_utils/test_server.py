@@ -12,6 +12,7 @@ import pytest
 
 from slime.backends.sglang_utils.secret import Secret
 from slime.backends.sglang_utils.server import SGLangServer, _namespace, free_port, is_loopback
+from slime.backends.sglang_utils.supervise import LOOKS_FOR_A_FILE, SharedMemory
 from ta_opd.errors import ConfigError, ServiceError
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -82,6 +83,37 @@ def test_files_of_a_server_killed_with_its_parent_are_swept_at_the_next_start(se
     (left / "shared_memory").write_text(f"{shared}\n")
     one = server().start()
     assert not left.exists() and not shared.exists() and os.path.isdir(one._scratch)
+
+
+def test_shared_memory_is_known_in_the_round_after_it_appears(tmp_path):
+    """Whoever has it may be killed at any moment; looking through every process's maps each time would be dear."""
+    import mmap
+
+    folder, looked = tmp_path / "shm", []
+    folder.mkdir()
+    (folder / "sglang_of_another_server").write_bytes(b"x")
+    shared = SharedMemory(tmp_path, str(folder))
+
+    def look(**kwargs):
+        shared.look(lambda: looked.append(1) or [os.getpid()], **kwargs)
+
+    look()
+    assert not looked and not shared.files
+    mine, strangers = folder / "sglang_mine", folder / "sglang_of_a_new_server"
+    mine.write_bytes(b"x" * 4096)
+    look()  # there, but not mapped yet
+    assert len(looked) == 1 and not shared.files
+    with mine.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        look()
+        assert shared.files == {str(mine)} and (tmp_path / "shared_memory").read_text() == f"{mine}\n"
+        look()
+        assert len(looked) == 2
+        strangers.write_bytes(b"x")
+        for _ in range(LOOKS_FOR_A_FILE + 5):
+            look()
+        assert len(looked) == 2 + LOOKS_FOR_A_FILE and shared.files == {str(mine)}
+        look(everything=True)
+    assert len(looked) == 3 + LOOKS_FOR_A_FILE and (tmp_path / "shared_memory").read_text() == f"{mine}\n"
 
 
 def test_it_can_be_started_again(server):

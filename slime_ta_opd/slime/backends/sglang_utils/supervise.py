@@ -18,6 +18,7 @@ import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE_SECONDS = 1.0
+LOOKS_FOR_A_FILE = 20  # rounds of 0.1 s
 _asked_to_stop = False
 
 
@@ -80,24 +81,49 @@ def _ended(pid):
         return True
 
 
-def _shared_memory(pids):
-    """SGLang's files in shared memory that these processes have mapped; it leaves them behind when it is killed."""
-    found = set()
-    for pid in pids:
+class SharedMemory:
+    """SGLang's files in shared memory that processes of this server have mapped; it leaves them behind when it is killed.
+
+    One that appears is looked for in the processes' maps at once and in the next rounds, until it is found there or is taken for
+    another server's: a process that maps it may be killed a moment later. Names are written to a file in `scratch`, for whoever
+    cleans up should the supervisor be killed.
+    """
+
+    def __init__(self, scratch, folder="/dev/shm"):
+        self.scratch, self.prefix = scratch, os.path.join(folder, "sglang_")
+        self.files, self.others, self.rounds = set(), self._listed(), {}
+
+    def look(self, pids, everything=False):
+        """pids: () -> process ids of the server. everything: also where no new file is there."""
+        fresh = self._listed() - self.files - self.others
+        if not fresh and not everything:
+            return
+        found = self._mapped(pids()) - self.files
+        if found:
+            self.files |= found
+            with open(os.path.join(self.scratch, "shared_memory"), "a") as note:
+                note.write("".join(name + "\n" for name in sorted(found)))
+        for name in fresh - found:
+            self.rounds[name] = self.rounds.get(name, 0) + 1
+            if self.rounds[name] >= LOOKS_FOR_A_FILE:
+                self.others.add(name)
+
+    def _listed(self):
+        folder, beginning = os.path.split(self.prefix)
         try:
-            with open(f"/proc/{pid}/maps") as file:
-                found.update(line.split()[-1] for line in file if "/dev/shm/sglang_" in line)
+            return {os.path.join(folder, name) for name in os.listdir(folder) if name.startswith(beginning)}
         except OSError:
-            pass
-    return found
+            return set()
 
-
-def _note(scratch, files):
-    """Writes their names down, for whoever cleans up should this process be killed."""
-    if files:
-        with open(os.path.join(scratch, "shared_memory"), "a") as file:
-            file.write("".join(name + "\n" for name in files))
-    return files
+    def _mapped(self, pids):
+        found = set()
+        for pid in pids:
+            try:
+                with open(f"/proc/{pid}/maps") as file:
+                    found.update(line.split()[5] for line in file if self.prefix in line)
+            except OSError:
+                pass
+        return found
 
 
 def _remove(files):
@@ -151,13 +177,12 @@ def main(argv):
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     tie = functools.partial(_die_with, os.getpid())
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=tie, stdin=subprocess.DEVNULL)
-    code, rounds, shared, workers = None, 0, set(), set()
+    code, rounds, shared, workers = None, 0, SharedMemory(scratch), set()
     try:
         while code is None and not _asked_to_stop and os.getppid() == parent:
             if rounds % 50 == 0:
-                below = _children(os.getpid())
-                shared |= _note(scratch, _shared_memory(below) - shared)
-                workers |= _workers(below)
+                workers |= _workers(_children(os.getpid()))
+            shared.look(functools.partial(_children, os.getpid()), everything=rounds % 50 == 0)
             if any(_ended(pid) for pid in workers):
                 print("supervisor: a worker of this server died; the server is ended", flush=True)
                 code = 1
@@ -166,10 +191,10 @@ def main(argv):
             code = _reap().get(server.pid)
             if code is None:
                 time.sleep(0.1)
-        shared |= _shared_memory(_children(os.getpid()))
+        shared.look(functools.partial(_children, os.getpid()), everything=True)
     finally:
         _end_everything()
-        _remove(shared)
+        _remove(shared.files)
         shutil.rmtree(scratch, ignore_errors=True)
     return 0 if code is None else (code if code >= 0 else 128 - code)
 
