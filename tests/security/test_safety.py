@@ -1,11 +1,13 @@
 """What a run shows and opens, and what files of strangers can do: each promise is tried."""
 
 import ast
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from ta_opd.errors import ConfigError, DataError
 from ta_opd.token_bank import read_bank
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [p for top in ("ta_opd", "slime_ta_opd", "tools") for p in (ROOT / top).rglob("*.py")]
+SOURCES = [p for top in ("ta_opd", "slime_ta_opd", "tools", "examples", "scripts") for p in (ROOT / top).rglob("*.py")]
 KEY = "hush-hush-hush"
 
 
@@ -138,6 +140,28 @@ def test_a_checkpoint_runs_no_code(tmp_path, where):
         assert mark.exists()
 
 
+def test_weights_of_a_legacy_format_run_no_code_in_a_server(tmp_path):
+    """SGLang reads a `.bin` that is torch's oldest format, a tar, with weights_only=False. Not in our servers; elsewhere it would."""
+    mark, weights = tmp_path / "ran", tmp_path / "pytorch_model.bin"
+    with tarfile.open(weights, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            content = pickle.dumps(Evil(mark))
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    script = (
+        "import contextlib, os\n"
+        "from sglang.srt.model_loader.weight_utils import pt_weights_iterator\n"
+        "for _ in range(2):\n"
+        f"    with contextlib.suppress(Exception): list(pt_weights_iterator([{str(weights)!r}]))\n"
+        f"    print(os.path.exists({str(mark)!r}))\n"
+        "    os.environ.pop('TORCH_FORCE_WEIGHTS_ONLY_LOAD')\n"
+    )
+    environment = SGLangServer("model", device="cpu")._environment(str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.split()[-2:] == ["False", "True"] and done.stderr.count("pytorch_model.bin with weights_only=False") == 2, done.stderr
+
+
 def test_objects_beside_tensors_are_read_as_weights_only(tmp_path):
     from slime.backends.megatron_utils.untrusted import only_weights
 
@@ -149,13 +173,19 @@ def test_objects_beside_tensors_are_read_as_weights_only(tmp_path):
 
 
 def test_no_source_file_reads_data_in_a_way_that_could_run_code():
-    """torch.load only with weights_only, YAML by a safe loader, no reading of pickles outside untrusted.py, no np allow_pickle."""
+    """torch.load only with weights_only, YAML by a safe loader, no reading of pickles outside untrusted.py, no np allow_pickle.
+
+    Nor a foreign model's code by a constant, and no such function under another name.
+    """
     found = []
     for path in SOURCES:
-        for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)):
+        tree = ast.parse(path.read_text())
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module in ("pickle", "dill", "joblib", "torch", "yaml")):
+            found += [f"{path}:{node.lineno}: from {node.module} import {n.name}" for n in node.names if "load" in n.name and n.name != "safe_load"]
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)):
             owner = call.func.value.id if isinstance(call.func.value, ast.Name) else ""
             name, words = f"{owner}.{call.func.attr}", {k.arg: ast.unparse(k.value) for k in call.keywords}
-            bad = (
+            bad = words.get("trust_remote_code") == "True" or (
                 (name == "torch.load" and words.get("weights_only") != "True")
                 or name in ("pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "pd.read_pickle", "dill.load")
                 or (name == "yaml.load" and "SafeLoader" not in path.read_text())

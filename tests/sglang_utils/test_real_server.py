@@ -84,6 +84,13 @@ def test_the_key_is_asked_for_and_hidden(world):
     assert "sesame" not in world.servers[0].log_file.read_text()
 
 
+def test_every_port_of_a_server_is_on_loopback(world):
+    pids = {pid for server in world.servers for pid in server.pids()}
+    listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in pids]
+    assert {server.port for server in world.servers} <= {address.port for address in listening}
+    assert {address.ip for address in listening} <= {"127.0.0.1", "::1"}, listening
+
+
 def test_scores_equal_transformers_and_a_span_equals_the_whole(world):
     ids, model = sequence(), world.models["teacher"]
     teacher = world.clients.teachers["default"]

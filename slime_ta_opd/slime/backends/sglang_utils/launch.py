@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+from slime.backends.sglang_utils.rendezvous import listen_where_told
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
 
 _PARENT_VARIABLE = "SLIME_SERVER_PARENT"  # process id that children of this process find there
@@ -30,6 +31,7 @@ def end_with(parent: int) -> None:
 if __name__ == "__mp_main__":  # spawned by the server; the supervisor sees to the server itself
     end_with(int(os.environ[_PARENT_VARIABLE]))
 if __name__ in ("__main__", "__mp_main__"):
+    listen_where_told()
     os.environ[_PARENT_VARIABLE] = str(os.getpid())
 
 

@@ -24,7 +24,6 @@ import slime
 from slime.backends.sglang_utils import cpu_support
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
 from slime.backends.sglang_utils.server_flags import server_arguments
-from slime.utils.misc import free_port
 from ta_opd.errors import ConfigError, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +31,8 @@ _SUPERVISOR = Path(__file__).with_name("supervise.py")
 _SCRATCH_ROOT = "/tmp" if os.path.isdir("/tmp") else None
 _STOP_SECONDS = 15.0
 _LOG_LINES, _LOG_WIDTH, _LOG_BYTES = 25, 240, 65536
+_PORT_TRIES = 4  # starts of one server that may lose a port
+_PORT_LOST = ("address already in use", "eaddrinuse", "port is already in use")  # of uvicorn, torch's store, SGLang's own checks
 
 
 def is_loopback(host: str) -> bool:
@@ -43,14 +44,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def hold_port(host: str, port: int = 0) -> socket.socket:
+    """A socket that is bound to `port` (0: a free one) and does not listen: until it is closed nobody gets that port by asking for a free one.
+
+    A server of ours can still bind and listen there, since it asks for SO_REUSEADDR as this does. ConfigError when `port` is taken.
+    """
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+    except OSError as error:
+        held.close()
+        raise ConfigError(f"port {port} on {host} is in use ({error.strerror}); give another one or none") from error
+    return held
+
+
 def check_port(host: str, port: int) -> None:
     """ConfigError when `port` is taken."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"port {port} on {host} is in use ({error.strerror}); give another one or none") from error
+    hold_port(host, port).close()
 
 
 def remove_leftovers() -> None:
@@ -116,6 +127,7 @@ class SGLangServer:
             advertise = host if host not in ("0.0.0.0", "::") else socket.gethostbyname(socket.gethostname())
         self.advertise = advertise
         self._process: subprocess.Popen | None = None
+        self._held: socket.socket | None = None  # keeps the port until the server has it
         self._log_start, self._scratch = 0, ""
 
     @classmethod
@@ -162,9 +174,9 @@ class SGLangServer:
         """Starts the process and returns at once. ConfigError when an asked-for port is taken."""
         if self.alive():
             raise ServiceError(f"{self.role} server is already running at {self.url}")
-        if self.wanted_port is not None:
-            check_port(self.host, self.wanted_port)
-        self.port = self.wanted_port or free_port(self.host)
+        self._release_port()
+        self._held = hold_port(self.host, self.wanted_port or 0)
+        self.port = self._held.getsockname()[1]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers()
         # Short path: SGLang puts its sockets there, and a socket's path holds about 100 characters.
@@ -182,21 +194,24 @@ class SGLangServer:
     def wait_ready(self, timeout: float = 900, progress: Callable[[str], None] | None = None) -> SGLangServer:
         """Returns once the server answers. `progress` gets a line about every 5 s.
 
-        ServiceError with the last lines of the log when it dies or does not answer within `timeout` seconds. A lost race
-        for a free port is tried again on another one.
+        ServiceError with the last lines of the log when it dies or does not answer within `timeout` seconds. One that lost a port
+        to another process (its own, or one that SGLang chooses by itself) is started again, on another one where none was asked for.
         """
         begin = told = time.monotonic()
+        tries = 1
         while True:
             if not self.alive():
-                if self.wanted_port is None and "address already in use" in self.log_tail().lower():
-                    self.start()
+                if tries < _PORT_TRIES and self._lost_port():
+                    tries += 1
+                    self._start_again(tries)
                     continue
                 code = self._process.returncode if self._process else None
                 raise ServiceError(
                     f"{self.role} server ({self.model_path}) ended while starting (exit code {code}). Last lines of "
                     f"{self.log_file}:\n{self.log_tail()}"
                 )
-            if self.answers(timeout=2):
+            if self.answers(timeout=2) and self._has_port():
+                self._release_port()
                 return self
             now = time.monotonic()
             if now - begin > timeout:
@@ -211,6 +226,35 @@ class SGLangServer:
                 last = self.log_tail(1).strip()[:160]
                 progress(f"{self.role} server starting, {now - begin:.0f} s: {last}")
             time.sleep(0.2)
+
+    def _lost_port(self) -> bool:
+        """Whether this start ended because a port was taken."""
+        text = self.log_tail(_LOG_BYTES).lower()
+        return any(sign in text for sign in _PORT_LOST)
+
+    def _has_port(self) -> bool:
+        """Whether it is this server that listens, not whoever has taken its port."""
+        for pid in self.pids():
+            try:
+                found = psutil.Process(pid).net_connections("tcp")
+            except psutil.Error:
+                continue
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == self.port for c in found):
+                return True
+        return False
+
+    def _start_again(self, tries: int) -> None:
+        lost = self.port
+        self.start()
+        line = f"{self.role} server: a port was taken by another process while it started on {lost}; start {tries} of {_PORT_TRIES}, on port {self.port}"
+        logger.warning("%s", line)
+        with self.log_file.open("a") as log:
+            log.write(f"{line}\n")
+
+    def _release_port(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def answers(self, timeout: float = 2.0) -> bool:
         """Whether the server replies at all (says nothing about the scheduler behind it)."""
@@ -241,6 +285,7 @@ class SGLangServer:
 
     def stop(self) -> None:
         """Ends the server and everything it started, by process id. Does nothing when it is not running."""
+        self._release_port()
         process = self._process
         if process is None:
             return
@@ -270,6 +315,8 @@ class SGLangServer:
         env.update(self.device_env)
         env["TMPDIR"] = scratch
         env["PYTHONUNBUFFERED"] = "1"
+        # SGLang reads a .bin of torch's legacy format with weights_only=False: a stranger's model directory could run code.
+        env["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         # Sequences of exactly the model's length are scored; the server wants one token more (see server_flags).
         env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         if os.path.isdir(self.model_path):

@@ -1,0 +1,31 @@
+"""Where the ranks of a server meet: torch's store listens on every address of the machine, here it listens on the one it is given."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from types import ModuleType
+from typing import Any
+
+from slime.backends.sglang_utils.cpu_support.hooks import after_import
+
+
+def listen_where_told() -> None:
+    """For this process, from the moment that it imports torch.distributed: rank 0 of `init_process_group("tcp://HOST:PORT")` listens
+    on HOST alone. Standard library only, until torch is imported by somebody else."""
+    after_import("torch.distributed.rendezvous", _bind_stores)
+
+
+def _bind_stores(rendezvous: ModuleType) -> None:
+    make = rendezvous.TCPStore
+
+    @functools.wraps(make, updated=())
+    def bound_store(host_name: str, port: int, *args: Any, is_master: bool = False, **kwargs: Any):
+        if is_master and port and kwargs.get("master_listen_fd") is None:
+            try:
+                kwargs["master_listen_fd"] = socket.create_server((host_name, port)).detach()  # the store's from now on
+            except OSError:
+                pass  # an older store of this process has the port and takes this one in, or torch says what is wrong
+        return make(host_name, port, *args, is_master=is_master, **kwargs)
+
+    rendezvous.TCPStore = bound_store
