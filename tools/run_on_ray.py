@@ -4,8 +4,8 @@
   run_on_ray.py --address HEAD:6379 --wait-nodes 4 -- python train.py ...   a cluster without one, once all its nodes are there
   run_on_ray.py --start-head --port 26379 -- python train.py ...      a head for this command alone, stopped at its end
 
-A head that is started here gets a random token, its own session directory and its own process group; ending means ending exactly
-these processes.
+A head that is started here gets a random token (in a file that only its user can read), its own session directory and its own process group;
+ending means ending exactly these processes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from slime.ray import cluster
 from ta_opd.errors import ConfigError, ServiceError, TaOpdError
 
-FORWARDED = ("PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_CUMEM_ENABLE", "WANDB_API_KEY", "HF_HOME")
+ALSO_FORWARDED = ("PYTHONPATH", "WANDB_API_KEY")
 PORT_FLAGS = ("dashboard-port", "object-manager-port", "node-manager-port", "dashboard-agent-listen-port",
               "dashboard-agent-grpc-port", "metrics-export-port")  # fmt: skip
 START_SECONDS = 120.0
@@ -52,13 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def job_environment() -> dict[str, str]:
     """Variables that a job needs beside what the cluster gives it."""
-    return {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
+    return cluster.forwarded() | {name: os.environ[name] for name in ALSO_FORWARDED if os.environ.get(name)}
 
 
 def submit(address: str, command: list[str], submission_id: str | None) -> int:
     """Submits, prints the job's log as it grows, and returns 0 for a job that succeeded. Ctrl-C stops the job."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    cluster.job_server_mode(address)
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(
@@ -90,18 +92,26 @@ def submit(address: str, command: list[str], submission_id: str | None) -> int:
 
 
 def wait_for_nodes(address: str, count: int, seconds: float = 600.0) -> None:
-    """Returns once `count` nodes of the cluster are alive. Raises ServiceError after `seconds`."""
+    """Returns once `count` nodes of the cluster are alive. Raises ServiceError after `seconds`.
+
+    A cluster of one node has to be there already; with more it may still be starting.
+    """
     import ray
 
     deadline, alive = time.monotonic() + seconds, 0
     while time.monotonic() < deadline:
-        with contextlib.suppress(ConnectionError, RuntimeError):
-            if not ray.is_initialized():
-                ray.init(address, log_to_driver=False, logging_level="ERROR")
-            alive = sum(node["Alive"] for node in ray.nodes())
-            if alive >= count:
-                ray.shutdown()
-                return
+        try:
+            head = cluster.check(address)
+            with contextlib.suppress(ConnectionError, RuntimeError):
+                if not ray.is_initialized():
+                    ray.init(head, log_to_driver=False, logging_level="ERROR")
+                alive = sum(node["Alive"] for node in ray.nodes())
+        except cluster.NoCluster:
+            if count == 1:
+                raise
+        if alive >= count:
+            ray.shutdown()
+            return
         time.sleep(2)
     raise ServiceError(f"{address}: expected {count} Ray nodes within {seconds:.0f} s, got {alive}")
 
@@ -119,9 +129,11 @@ def ray_head(args: argparse.Namespace):
     if args.port is None:
         raise ConfigError("--start-head: expected --port")
     ports["dashboard-port"] = ports["dashboard-port"] or _free_port(args.host)
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     temp = args.temp_dir or tempfile.mkdtemp(prefix="ray_", dir="/tmp")  # short: Ray puts sockets below it
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    token_file = None
+    if os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        token_file = os.environ["RAY_AUTH_TOKEN_PATH"] = _write_token(Path(temp))
     well = False
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address", args.host,
              "--dashboard-host", args.host, "--temp-dir", temp, "--disable-usage-stats"]  # fmt: skip
@@ -134,13 +146,26 @@ def ray_head(args: argparse.Namespace):
         head = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait(lambda: _listens(args.host, args.port), head, log, "the Ray head")
+        also = f" RAY_AUTH_TOKEN_PATH={token_file}" if token_file else ""
+        print(f"Ray head at {args.host}:{args.port}; others on this host join it by RAY_ADDRESS={args.host}:{args.port}{also}", flush=True)
         server = f"http://{args.host}:{ports['dashboard-port']}"
         yield f"{args.host}:{args.port}", server if _job_server(server) else None
         well = True
     finally:
         _stop(head)
+        if token_file:
+            Path(token_file).unlink(missing_ok=True)
         if well and not args.temp_dir:  # after an error Ray's logs stay
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def _write_token(folder: Path) -> str:
+    """A file that only this user can read, with a new token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"auth_token_{os.getpid()}"
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        out.write(secrets.token_hex(32))
+    return str(file)
 
 
 def _wait(ready, process: subprocess.Popen, log: Path, what: str) -> None:

@@ -81,7 +81,25 @@ resolve_device() { # DEVICE auto -> gpu or cpu
   fi
 }
 
+check_ray_address() { # a form that can be joined and, where something will be started, a host that answers
+  local place=${RAY_ADDRESS#http*://}
+  local forms="host:port of a cluster's head, auto, or http://host:port of its job server"
+  case $RAY_ADDRESS in
+    "" | auto | local) return ;;
+    ray://*) bad RAY_ADDRESS "$forms (Ray Client, ray://, cannot hold a driver)" && return ;;
+  esac
+  place=${place%%/*}
+  if [[ $RAY_ADDRESS == http*://?* && $place != *:* ]]; then return; fi # a server behind a name of its own
+  if [[ ! $place =~ ^[][A-Za-z0-9._:-]+:[0-9]+$ ]]; then
+    bad RAY_ADDRESS "$forms"
+  elif [[ $DRY_RUN == 0 ]] && ! timeout 5 bash -c "exec 3<>/dev/tcp/${place%:*}/${place##*:}" 2>/dev/null; then
+    bad RAY_ADDRESS "$forms, but nothing answers there (ray start --head starts a cluster; empty: a Ray of this run alone)"
+  fi
+}
+
 check_devices() { # enough GPUs, and each of them there
+  if [[ $RAY_ADDRESS == local ]]; then RAY_ADDRESS=""; fi
+  check_ray_address
   resolve_device
   if [[ $DEVICE == cpu || -n $RAY_ADDRESS ]]; then return; fi
   _count "$RAY_GPUS"
@@ -110,9 +128,11 @@ check_devices() { # enough GPUs, and each of them there
   fi
 }
 
-device_settings() { # LAUNCH_ENV and FLAGS for the placement
+device_settings() { # LAUNCH_ENV, JOB_ENV (of train.py itself, wherever it runs) and FLAGS for the placement
+  JOB_ENV=()
   if [[ -n $RAY_ADDRESS ]]; then
     FLAGS+=(--teacher-num-gpus "$TEACHER_NUM_GPUS_PER_ENGINE")
+    if [[ $DEVICE == cpu ]]; then JOB_ENV+=("CUDA_VISIBLE_DEVICES="); fi
     return
   fi
   if [[ $DEVICE == cpu ]]; then
@@ -261,7 +281,8 @@ launch_training() { # the command of one run, printed or become this process
   ray_wrapper
   local script=train.py
   if [[ $ASYNC == 1 ]]; then script=train_async.py; fi
-  local -a command=("${WRAPPER[@]}" "$PY" "$SLIME_DIR/$script" "${FLAGS[@]}" "${PASS_THROUGH[@]}")
+  if ((${#JOB_ENV[@]})); then JOB_ENV=(env "${JOB_ENV[@]}"); fi
+  local -a command=("${WRAPPER[@]}" "${JOB_ENV[@]}" "$PY" "$SLIME_DIR/$script" "${FLAGS[@]}" "${PASS_THROUGH[@]}")
   if [[ -n $RAY_ADDRESS && $RAY_ADDRESS != http* ]]; then LAUNCH_ENV+=("RAY_ADDRESS=$RAY_ADDRESS"); fi
   if ((${#LAUNCH_ENV[@]})); then command=(env "${LAUNCH_ENV[@]}" "${command[@]}"); fi
   if [[ $DRY_RUN != 0 ]]; then

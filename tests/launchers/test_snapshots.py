@@ -125,6 +125,7 @@ def test_data(launch, place):
     ("where", "variables"),
     [
         ("job_server", {"RAY_ADDRESS": "http://head:8265"}),
+        ("job_server_cpu", {"RAY_ADDRESS": "https://head/ray", "DEVICE": "cpu"}),
         ("cluster", {"RAY_ADDRESS": "head:6379", "ACTOR_NUM_NODES": "2"}),
         ("own_head", PORTS),
         ("cpu", {"DEVICE": "cpu"}),

@@ -39,6 +39,8 @@ SUITE = "scripts/train/run_teachability_opd_method_suite.sh"
         (RUN, "MODEL_SHAPE", "qwen9", "a file in scripts/models"),
         (RUN, "TEACHER_PORT", "70000", "auto or a port number"),
         (RUN, "RUN_NAME", "a b", "letters, digits, dot, dash and underscore only"),
+        (RUN, "RAY_ADDRESS", "ray://head:10001", "host:port of a cluster's head, auto, or http://host:port of its job server (Ray Client"),
+        (RUN, "RAY_ADDRESS", "head", "host:port of a cluster's head, auto, or http://host:port of its job server"),
         (RUN, "TEACHER_URL", "http://127.0.0.1:1/generate", None),
         (SUITE, "SEED_LABEL", "seed/1", "letters, digits, dot, dash and underscore only"),
         (SUITE, "ON_ERROR", "ignore", "one of continue,stop"),
@@ -56,6 +58,14 @@ def test_wrong_values(script, name, value, expected, launch, pair_variables, pla
         assert f"error: {name}={value}: expected {expected}" in done.err
     assert not done.out
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1"])
+@pytest.mark.parametrize("script", [RUN, SUITE])
+def test_a_cluster_that_is_not_there(script, address, launch, pair_variables, place):
+    done = launch(script, RAY_ADDRESS=address, METHOD_LIST="pure_opd:1.0:10", **pair_variables("4b_to_1p7b"))
+    assert done.code == 2 and not (place / "out").exists()
+    assert f"error: RAY_ADDRESS={address}: expected host:port of a cluster's head" in done.err and "nothing answers there" in done.err
 
 
 @pytest.mark.parametrize(

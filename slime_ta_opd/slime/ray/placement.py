@@ -18,6 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.ray import cluster
 from slime.utils.misc import human_bytes, quiet_environment
 from ta_opd.errors import ConfigError, ServiceError
 
@@ -59,9 +60,11 @@ class Placement:
         """Ray actor options for a process in slot `index` that sees the GPUs of slots `gpus` (default: its own)."""
         slot = self.slots[index]
         visible = [self.slots[i].gpu for i in (gpus if gpus is not None else [index])]
-        variables = {"PYTHONPATH": python_path(), **(env or {})}
+        variables = {**({} if self.session else cluster.forwarded()), "PYTHONPATH": python_path(), **(env or {})}
         if slot.gpu is not None:
             variables |= {"CUDA_VISIBLE_DEVICES": ",".join(visible), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        elif not self.session:
+            variables["CUDA_VISIBLE_DEVICES"] = ""  # the node of a cluster may have GPUs that this run does not want
         return {
             "num_cpus": 0,
             "num_gpus": 0,
@@ -110,8 +113,10 @@ def create_placement(args) -> Placement:
     unit = {"GPU": 1, "CPU": 1} if args.device == "cuda" else {"CPU": 1}
     group = placement_group([unit] * layout.total, strategy="PACK")
     if not group.wait(timeout_seconds=60):
-        have = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
-        raise ServiceError(f"placement: expected {layout.total} x {unit}, the cluster has {have}; lower the sizes or share with --colocate")
+        have, free = ({k: v for k, v in of().items() if k in ("CPU", "GPU")} for of in (ray.cluster_resources, ray.available_resources))
+        remove_placement_group(group)
+        raise ServiceError(f"placement: expected {layout.total} x {unit}, the cluster has {have} and of these {free} free; "
+                           "lower the sizes, share with --colocate, or wait for other runs to end")  # fmt: skip
     where = [
         _where.options(num_cpus=1, num_gpus=unit.get("GPU", 0), scheduling_strategy=PlacementGroupSchedulingStrategy(group, i)).remote()
         for i in range(layout.total)
@@ -135,9 +140,18 @@ def start_ray(args, slots: int) -> str | None:
 
 def _init_ray(args, slots: int) -> str | None:
     address = os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
-        ray.init(address=address, logging_level="warning", log_to_driver=True)
+    if cluster.is_joined(address):
+        head = cluster.check(address)
+        try:
+            ray.init(address=head, logging_level="warning", log_to_driver=True)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise ServiceError(
+                f"RAY_ADDRESS={address}: the cluster answers, but this driver cannot join it: {lines[0]}. Expected a driver on one of the "
+                "cluster's machines, with the same Python and Ray; from elsewhere use its job server, http://host:8265"
+            ) from error
         return None
+    cluster.private_token()
     memory = {} if args.device == "cuda" else {"object_store_memory": LOCAL_OBJECT_STORE}
     context = ray.init(address="local", num_cpus=max(slots, os.cpu_count() or 1), include_dashboard=False, logging_level="warning",
                        log_to_driver=True, **memory)  # fmt: skip

@@ -19,6 +19,7 @@ from slime.backends.sglang_utils.client import StaleWeights
 from slime.observability.metrics import rollout_metrics, staleness
 from slime.observability.timer import Timer
 from slime.ray.calls import get
+from slime.ray.cluster import enter_directory
 from slime.ray.placement import Placement
 from slime.utils import fields
 from slime.utils.dp_schedule import split_for_data_parallel
@@ -126,6 +127,7 @@ class RolloutManager:
         from slime.rollout.eval_sets import args_of
         from slime.utils.misc import load_tokenizer
 
+        enter_directory()
         self.args = args
         self.timer = Timer("rollout", keep_spans=args.trace)
         self.tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)

@@ -19,6 +19,7 @@ import ray
 from slime.backends.sglang_utils.client import Clients, SGLangClient
 from slime.backends.sglang_utils.router import Router
 from slime.ray.calls import get
+from slime.ray.cluster import enter_directory
 from slime.ray.placement import Placement
 from ta_opd.errors import ConfigError, ServiceError, TaOpdError
 
@@ -34,6 +35,7 @@ class ServerActor:
     def __init__(self, args, role: str, name: str, model: str, tp: int, port: int | None):
         from slime.backends.sglang_utils.server import SGLangServer
 
+        enter_directory()
         log = Path(args.output_dir).absolute() / "logs" / f"{name}.log"
         self.server = SGLangServer.for_run(args, role, model, tp=tp, log_file=log, port=port)
 

@@ -7,12 +7,15 @@ import warnings
 
 import ray
 
+from slime.ray.cluster import enter_directory
+
 
 @ray.remote
 class TrainActor:
     """Rank `rank` of `world_size`; the heavy imports happen in init(), inside the actor's own process."""
 
     def __init__(self, args, rank: int, world_size: int, local_rank: int):
+        enter_directory()
         self.args, self.rank, self.world_size, self.local_rank = args, rank, world_size, local_rank
         self.sender = self.listener = None
 

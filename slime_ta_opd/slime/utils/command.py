@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
+from slime.ray import cluster
 from slime.utils.arguments import parse_args
 from slime.utils.plan import print_plan
 from slime.utils.restart import with_restarts
@@ -28,6 +30,8 @@ def main(train: Callable, argv: Sequence[str] | None = None, *, asynchronous: bo
         if args.dry_run:
             print_plan(args)
         else:
+            if cluster.is_joined(os.environ.get("RAY_ADDRESS")):
+                cluster.check(os.environ["RAY_ADDRESS"])  # before anything of the run is touched
             with_restarts(train, args)
     except TaOpdError as error:
         print(f"error: {error}", file=sys.stderr)
