@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from slime.backends.sglang_utils.secret import Secret
-from slime.backends.sglang_utils.server import SGLangServer, _namespace, free_port, is_loopback
+from slime.backends.sglang_utils.server import SGLangServer, _namespace, hold_port, is_loopback
 from slime.backends.sglang_utils.supervise import LOOKS_FOR_A_FILE, SharedMemory
 from ta_opd.errors import ConfigError, ServiceError
 
@@ -171,8 +172,6 @@ def test_a_server_that_does_not_answer_is_ended(server):
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(server):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -215,5 +214,77 @@ def test_secret_pickles_and_hides():
     assert secret == "abc" and repr(secret) == "'***'" and repr({"key": secret}) == "{'key': '***'}" and f"Bearer {secret}" == "Bearer abc"
 
 
-def test_free_ports_differ():
-    assert len({free_port("127.0.0.1") for _ in range(5)}) > 1
+def takes(port):
+    """Whether a process that asks for nothing special gets `port` now."""
+    with socket.socket() as other:
+        try:
+            other.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def test_a_port_is_held_from_its_choice_until_the_end(server):
+    one = server("silent").start()  # a server that has not come to its port yet
+    assert not takes(one.port)
+    one.stop()
+    assert takes(one.port)
+    with hold_port("127.0.0.1") as held, pytest.raises(ConfigError, match="in use"), socket.create_server(held.getsockname()):
+        hold_port(*held.getsockname())  # one that listens is in nobody's way but ours
+
+
+@pytest.fixture
+def thief():
+    """thief(server, times): something else listens on the port of each of its next `times` starts, before the server does."""
+    taken = []
+
+    class Thief:
+        def __call__(self, server, times):
+            plain = server.command
+
+            def command():
+                if len(taken) < times and all(t.getsockname()[1] != server.port for t in taken):
+                    taken.append(socket.create_server(("127.0.0.1", server.port)))
+                return plain()
+
+            server.command = command
+
+        ports = property(lambda self: [t.getsockname()[1] for t in taken])
+
+    yield Thief()
+    for listener in taken:
+        listener.close()
+
+
+def test_a_server_whose_port_was_taken_in_between_starts_on_another_one(server, thief):
+    one = server()
+    thief(one, 1)
+    one.start().wait_ready(60)
+    assert one.port not in thief.ports and len(thief.ports) == 1 and one.answers()
+    said = f"a port was taken by another process while it started on {thief.ports[0]}; start 2 of 4, on port {one.port}"
+    assert said in one.log_file.read_text()
+
+
+def test_it_gives_up_where_that_goes_on(server, thief, monkeypatch):
+    monkeypatch.setattr("slime.backends.sglang_utils.server._PORT_TRIES", 2)
+    one = server()
+    thief(one, 9)
+    with pytest.raises(ServiceError, match="(?s)ended while starting.*Address already in use"):
+        one.start().wait_ready(60)
+    assert len(thief.ports) == 2
+
+
+def test_an_asked_for_port_that_was_taken_in_between_is_named(server, thief):
+    with hold_port("127.0.0.1") as held:
+        one = server(port=held.getsockname()[1])
+    thief(one, 1)
+    with pytest.raises(ConfigError, match=f"port {one.wanted_port} on 127.0.0.1 is in use"):
+        one.start().wait_ready(60)
+
+
+def test_who_answers_on_the_port_is_not_taken_for_the_server(server, tmp_path):
+    other = server().start().wait_ready(30)
+    one = server("silent", port=None).start()
+    one.port = other.port
+    with pytest.raises(ServiceError, match="did not answer within 1 s"):
+        one.wait_ready(1)

@@ -1,14 +1,20 @@
 """Buckets, the ways of a sync, and snapshots on disk; the syncs themselves run in test_real_servers.py."""
 
+import asyncio
 import base64
 import pickle
+import socket
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from slime.backends.sglang_utils import loop
 from slime.backends.sglang_utils.weight_bucket import flatten, serialize_for_engine
+from slime.backends.sglang_utils.weight_group import WeightGroup
 from slime.backends.sglang_utils.weight_sync import _with_last, choose_way, write_hf_folder
 from ta_opd.errors import ConfigError, ServiceError
 
@@ -80,3 +86,33 @@ def test_a_failed_snapshot_leaves_the_former_one(tmp_path):
         write_hf_folder(broken(), folder, model)
     assert len(load_file(folder / "model-00001.safetensors")) == 3
     assert SimpleNamespace(**load_file(folder / "model-00001.safetensors")).b.shape == (5,)
+
+
+def test_the_port_where_the_engines_meet_is_held_from_its_choice():
+    """An engine comes to it only after others have had the time to take it."""
+
+    class Engine:
+        urls = ["http://engine"]
+
+        async def init_weights_update_group(self, url, master_address, master_port, world_size, **rest):
+            with socket.socket() as other:
+                with pytest.raises(OSError, match="in use"):
+                    other.bind((master_address, master_port))
+            limit = timedelta(seconds=20)
+            self.store = await asyncio.to_thread(dist.TCPStore, master_address, master_port, world_size, False, limit)
+            await asyncio.to_thread(self.store.set, "engine", "is here")
+
+        async def call(self, url, path, body, timeout):
+            self.left = body["group_name"]
+
+    engine = Engine()
+    group = WeightGroup(engine, 1, "gloo", "127.0.0.1", "weights")
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", group.port))
+    invited = asyncio.run_coroutine_threadsafe(
+        engine.init_weights_update_group("", group.host, group.port, group.world), loop.service_loop()
+    )
+    store = group._meet(timedelta(seconds=20), invited)
+    assert store.get("engine") == b"is here"
+    group.close()
+    assert engine.left == "weights"

@@ -246,7 +246,8 @@ class SGLangServer:
     def _start_again(self, tries: int) -> None:
         lost = self.port
         self.start()
-        line = f"{self.role} server: a port was taken by another process while it started on {lost}; start {tries} of {_PORT_TRIES}, on port {self.port}"
+        where = f"start {tries} of {_PORT_TRIES}, on port {self.port}"
+        line = f"{self.role} server: a port was taken by another process while it started on {lost}; {where}"
         logger.warning("%s", line)
         with self.log_file.open("a") as log:
             log.write(f"{line}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import threading
 import time
 from concurrent.futures import Future
@@ -22,10 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class WeightGroup:
-    """Rank 0 is this process; engine i holds ranks 1 + i * tp onwards."""
+    """Rank 0 is this process; engine i holds ranks 1 + i * tp onwards. They meet at a port of `host` that is held from now on."""
 
-    def __init__(self, client: SGLangClient, tp: int, backend: str, host: str, port: int, name: str):
-        self.client, self.tp, self.backend, self.host, self.port, self.name = client, tp, backend, host, port, name
+    def __init__(self, client: SGLangClient, tp: int, backend: str, host: str, name: str):
+        self.client, self.tp, self.backend, self.host, self.name = client, tp, backend, host, name
+        self.listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port = self.listener.getsockname()[1]
         self.world = 1 + len(client.urls) * tp
         self.group: dist.ProcessGroup | None = None
 
@@ -67,11 +70,11 @@ class WeightGroup:
         Waiting for the engines cannot be cut short, so a thread does it; its time limit ends it.
         """
         store: Future = Future()
+        held = self.listener.detach()  # the store's from now on
 
         def wait():
             try:
-                found, _, _ = next(dist.rendezvous(f"tcp://{self.host}:{self.port}", 0, self.world, timeout=limit))
-                store.set_result(found)
+                store.set_result(dist.TCPStore(self.host, self.port, self.world, is_master=True, timeout=limit, master_listen_fd=held))
             except Exception as error:
                 store.set_exception(error)
 
@@ -129,6 +132,7 @@ class WeightGroup:
                 if isinstance(result, BaseException):
                     logger.debug("weight sync: leaving the group: %s", result)
 
+        self.listener.close()
         loop.run(dismiss())
         if self.group is not None:
             dist.destroy_process_group(self.group)

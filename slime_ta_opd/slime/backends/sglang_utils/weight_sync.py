@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slime.backends.sglang_utils import loop
 from slime.backends.sglang_utils.client import SGLangClient
-from slime.backends.sglang_utils.server import free_port, is_loopback
+from slime.backends.sglang_utils.server import is_loopback
 from slime.backends.sglang_utils.weight_bucket import Bucket, flatten, serialize_for_engine
 from slime.backends.sglang_utils.weight_group import WeightGroup
 from ta_opd.errors import ConfigError, ServiceError
@@ -117,7 +117,7 @@ class WeightSender:
         local = all(is_loopback(urlparse(url).hostname or "") for url in urls)
         host = "127.0.0.1" if local else _own_address(urls[0])
         backend = "nccl" if self.device == "cuda" else "gloo"
-        group = WeightGroup(self.client, self.engines["tp"], backend, host, free_port(host), f"weights_{uuid.uuid4().hex[:8]}")
+        group = WeightGroup(self.client, self.engines["tp"], backend, host, f"weights_{uuid.uuid4().hex[:8]}")
         group.join(_JOIN_SECONDS)
         return group
 
