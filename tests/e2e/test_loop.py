@@ -2,10 +2,13 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
+from tests.e2e.launching import lines
 
 pytestmark = pytest.mark.e2e
 TOPK = ["--opd-loss-type", "topk_reverse_kl"]
@@ -17,7 +20,7 @@ def whole(run, task):
     """Four rollouts with selection, a bank, a checkpoint after the second, evaluation and an HF model at the end."""
     out = task.root / "whole_checkpoints"
     return run("whole", *SELECT, "--num-rollout", "4", "--save", str(out), "--save-interval", "2", "--opd-token-bank-dir",
-               str(task.root / "whole_bank"), "--eval-prompt-data", "heldout", str(task.heldout), "--eval-interval", "4",
+               str(task.root / "whole_bank"), "--eval-prompt-data", "heldout", str(task.heldout), "--eval-interval", "2",
                "--save-hf", "--save-debug-rollout-data", str(task.root / "whole_dumps")), out  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def test_metrics_evaluation_dumps_and_markers_are_written(whole, task):
                  "train/lr", "seconds/generate", "seconds/train", "seconds/sync", "tokens_per_second/total"):  # fmt: skip
         assert name in keys, name
     evaluations = [json.loads(line) for line in (result.dir / "eval.jsonl").read_text().splitlines()]
-    assert [e["rollout_id"] for e in evaluations] == [-1, 3]
+    assert [e["rollout_id"] for e in evaluations] == [-1, 1, 3]
     assert all(e["num_prompts"] == 16 and 0 <= e["accuracy"] <= 1 for e in evaluations)
     done = json.loads((result.dir / "DONE").read_text())
     assert done["num_rollout"] == 4
@@ -99,15 +102,23 @@ def test_a_checkpoint_resumes_at_the_next_rollout_with_the_same_data(run, whole,
     resumed_from.mkdir()
     (resumed_from / "iter_0000001").symlink_to(checkpoints / "iter_0000001")
     (resumed_from / "latest_checkpointed_iteration.txt").write_text("1")
-    again = run("resumed", *SELECT, "--num-rollout", "4", "--load", str(resumed_from),
-                "--save-debug-rollout-data", str(task.root / "resumed_dumps"))  # fmt: skip
-    assert [r["rollout_id"] for r in again.rows] == [2, 3]
+    out = task.root / "resumed"  # as the whole run left it, so that both what is kept and what is run again can be seen
+    out.mkdir()
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (out / name).write_bytes((whole[0].dir / name).read_bytes())
+    begun = time.time()
+    run("resumed", *SELECT, "--num-rollout", "4", "--load", str(resumed_from), "--output-dir", str(out), "--eval-prompt-data", "heldout",
+        str(task.heldout), "--eval-interval", "2", "--save-debug-rollout-data", str(task.root / "resumed_dumps"))  # fmt: skip
+    rows = lines(out / "metrics.jsonl")
+    assert [(r["rollout_id"], r["time"] > begun) for r in rows] == [(0, False), (1, False), (2, True), (3, True)]
+    evaluations, before = lines(out / "eval.jsonl"), lines(whole[0].dir / "eval.jsonl")
+    assert [e["rollout_id"] for e in evaluations] == [-1, 1, 3] and evaluations[:2] == before[:2]
     for rollout_id in (2, 3):
         one = pq.read_table(task.root / "whole_dumps" / f"rollout_{rollout_id:06d}.parquet").to_pandas()
         two = pq.read_table(task.root / "resumed_dumps" / f"rollout_{rollout_id:06d}.parquet").to_pandas()
         assert list(one["prompt"]) == list(two["prompt"])
         assert list(one["sample_index"]) == list(two["sample_index"])
-    for first, second in zip(whole[0].rows[2:], again.rows, strict=True):
+    for first, second in zip(whole[0].rows[2:], rows[2:], strict=True):
         assert first["train/loss"] == pytest.approx(second["train/loss"], rel=0.02)
 
 

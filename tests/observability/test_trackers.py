@@ -35,6 +35,37 @@ def test_resume_drops_rollouts_that_run_again_and_a_cut_line(tmp_path):
     assert rows[0]["bad"] is None
 
 
+def evaluated(tmp_path):
+    return [(row["rollout_id"], row["dataset"]) for row in lines(tmp_path / "eval.jsonl")]
+
+
+def test_a_resumed_run_knows_the_evaluation_that_its_checkpoint_came_after(tmp_path):
+    first = Trackers(arguments(tmp_path))
+    for rollout_id in (-1, 1, 3):
+        first.log_eval(rollout_id, {"a": {"accuracy": 0.5 + rollout_id / 10, "per_prompt": [1, 0]}, "b": {"accuracy": 0.1}})
+    again = Trackers(arguments(tmp_path), start=2)
+    assert evaluated(tmp_path) == [(-1, "a"), (-1, "b"), (1, "a"), (1, "b")]
+    assert again.recorded_eval(1, ["a", "b"]) == {"a": {"accuracy": 0.6, "per_prompt": [1, 0]}, "b": {"accuracy": 0.1}}
+    assert again.recorded_eval(1, ["a"]) == {"a": {"accuracy": 0.6, "per_prompt": [1, 0]}}
+    assert again.recorded_eval(0, ["a"]) is None
+    assert evaluated(tmp_path) == [(-1, "a"), (-1, "b"), (1, "a"), (1, "b")]
+
+
+def test_a_set_that_is_new_is_evaluated_with_the_others_and_no_row_is_there_twice(tmp_path):
+    Trackers(arguments(tmp_path)).log_eval(1, {"a": {"accuracy": 0.5}, "old": {"accuracy": 0.2}})
+    again = Trackers(arguments(tmp_path), start=2)
+    assert again.recorded_eval(1, ["a", "new"]) is None
+    again.log_eval(1, {"a": {"accuracy": 0.5}, "new": {"accuracy": 0.3}})
+    assert sorted(evaluated(tmp_path)) == [(1, "a"), (1, "new"), (1, "old")]
+
+
+def test_a_run_that_begins_anew_also_drops_the_evaluation_before_its_first_rollout(tmp_path):
+    Trackers(arguments(tmp_path)).log_eval(-1, {"a": {"accuracy": 0.5}})
+    assert Trackers(arguments(tmp_path)).recorded_eval(-1, ["a"]) is None
+    assert evaluated(tmp_path) == []
+    assert Trackers(arguments(tmp_path / "empty")).recorded_eval(-1, ["a"]) is None
+
+
 def test_wandb_gets_every_number_and_goes_on_under_one_id(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="optional: pip install wandb")
 

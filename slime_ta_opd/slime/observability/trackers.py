@@ -8,6 +8,7 @@ import netrc
 import os
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ class Trackers:
         self.dir = Path(args.output_dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self.metrics_file = _resume(self.dir / "metrics.jsonl", start)
-        self.eval_file = _resume(self.dir / "eval.jsonl", start)
+        self.eval_file = _resume(self.dir / "eval.jsonl", start, anew=start == 0)  # then also the evaluation before the first rollout
         self.board = self.wandb = None
         if args.use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +47,17 @@ class Trackers:
             numbers = {f"eval/{dataset}/{k}": float(v) for k, v in result.items() if isinstance(v, (int, float))}
             self._forward(max(rollout_id, 0), numbers)
 
+    def recorded_eval(self, rollout_id: int, datasets: Iterable[str]) -> dict[str, dict[str, Any]] | None:
+        """The results after `rollout_id` that an earlier part of this run wrote for all `datasets`; where one is missing the others go, and None."""
+        rows = [orjson.loads(line) for line in self.eval_file.read_bytes().splitlines()] if self.eval_file.exists() else []
+        wanted = set(datasets)
+        found = {row["dataset"]: row for row in rows if row["rollout_id"] == rollout_id and row["dataset"] in wanted}
+        if found.keys() == wanted:
+            return {name: {k: v for k, v in row.items() if k not in ("rollout_id", "dataset")} for name, row in found.items()}
+        if found:
+            _replace(self.eval_file, [row for row in rows if row["rollout_id"] != rollout_id or row["dataset"] not in wanted])
+        return None
+
     def _forward(self, step: int, numbers: dict[str, float]) -> None:
         if self.board:
             for key, value in numbers.items():
@@ -65,8 +77,8 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         f.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 
 
-def _resume(path: Path, start: int) -> Path:
-    """Drops lines of rollouts from `start` on (they are run again) and a line cut off by a crash."""
+def _resume(path: Path, start: int, anew: bool = False) -> Path:
+    """Drops lines of rollouts from `start` on (they are run again), all of them if `anew`, and a line cut off by a crash."""
     if path.exists():
         kept = []
         for line in path.read_bytes().splitlines():
@@ -74,12 +86,17 @@ def _resume(path: Path, start: int) -> Path:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError:
                 continue
-            if row["rollout_id"] < start:
-                kept.append(line + b"\n")
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(path)
+            if row["rollout_id"] < start and not anew:
+                kept.append(row)
+        _replace(path, kept)
     return path
+
+
+def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The file with exactly these rows, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+    partial.replace(path)
 
 
 def check_wandb() -> None:

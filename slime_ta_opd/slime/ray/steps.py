@@ -25,8 +25,7 @@ class Steps:
         self.rollout.wait_ready()  # servers up, probe passed
         with run.phase("sync"):
             self.actors.update_weights(self.rollout, version=self.start)
-        if run.eval_due(self.start - 1):
-            run.evaluate(self.rollout, self.start - 1)
+        run.evaluate_at_start(self.rollout, self.start - 1)
 
     def generate(self, rollout_id: int) -> Batch:
         """One rollout: sampled, scored, selected, split over data-parallel ranks."""

@@ -146,6 +146,19 @@ class Run:
         with self.phase("eval"):
             results = rollout.evaluate(rollout_id)
         self.trackers.log_eval(rollout_id, results)
+        self._remember(rollout_id, results)
+
+    def evaluate_at_start(self, rollout, rollout_id: int) -> None:
+        """Where it is due before the first rollout of this call; a resumed run keeps what it wrote before its checkpoint."""
+        if not self.eval_due(rollout_id):
+            return
+        results = self.trackers.recorded_eval(rollout_id, self.args.eval_datasets)
+        if results is None:
+            self.evaluate(rollout, rollout_id)
+        else:
+            self._remember(rollout_id, results)
+
+    def _remember(self, rollout_id: int, results: dict[str, dict[str, Any]]) -> None:
         self.final_eval = {name: {k: v for k, v in r.items() if isinstance(v, (int, float))} for name, r in results.items()}
         for name, r in results.items():
             tqdm.write(f"evaluation after rollout {rollout_id}: {name} accuracy {r['accuracy']:.3f} ({r['num_prompts']} prompts)")
