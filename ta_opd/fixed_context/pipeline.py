@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,10 +23,13 @@ from ta_opd.fixed_context.join import join_baseline
 from ta_opd.fixed_context.sampling import SamplingConfig, drop_trained, read_prompts, sample_bank
 from ta_opd.fixed_context.scoring import ScoringConfig, score_contexts
 from ta_opd.fixed_context.tables import read_meta, read_table, write_json, write_table
+from ta_opd.suite.memory import directory_lock
 from ta_opd.suite.process import run_logged, stop_requests
 
 STEPS = ("train", "export", "score_before", "convert", "score_after", "analyse", "robustness", "recommend", "summary", "report")
 BANK_SOURCES = ("dump", "heldout", "tokenbank")
+LOCK = "pipeline.lock"
+_held: ContextVar[tuple[int, ...]] = ContextVar("held", default=())  # the lock of the running call, for the commands that it starts
 BANK, BEFORE, METRICS = "context_bank.parquet", "theta0_metrics.parquet", "fixed_context_metrics.parquet"
 
 
@@ -97,12 +101,21 @@ def run_pipeline(config: PipelineConfig, *, force: Sequence[str] = (), log: Call
     """Runs what is not done yet; step -> "done" or "kept". `force` names steps to run again ("all" for every one).
 
     Raises ServiceError when a command fails (its log is named), DataError and ConfigError as the steps do; finished steps stay finished.
+    ConfigError where another call works in diag_dir.
     """
     unknown = [name for name in force if name != "all" and name not in STEPS]
     if unknown:
         raise ConfigError(f"force: expected steps of {', '.join(STEPS)}, got {unknown}")
     out = Path(config.diag_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    with directory_lock(out, name=LOCK, elsewhere="another --diag-dir (DIAG_DIR)") as descriptor:
+        token = _held.set((descriptor,))
+        try:
+            return _run_all(config, out, force, log)
+        finally:
+            _held.reset(token)
+
+
+def _run_all(config: PipelineConfig, out: Path, force: Sequence[str], log: Callable[[str], None]) -> dict[str, str]:
     state_file = out / "pipeline_state.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     results = {}
@@ -326,7 +339,7 @@ def _parts(target: Path) -> Path:
 
 def _command(command: Sequence[str], log_file: Path, what: str) -> None:
     with stop_requests() as stop:
-        outcome = run_logged(command, log=log_file, stop=stop)
+        outcome = run_logged(command, log=log_file, stop=stop, keep=_held.get())
     if outcome.interrupted:
         raise KeyboardInterrupt
     if outcome.returncode != 0:

@@ -35,16 +35,18 @@ PATIENCE_SECONDS = 120.0  # for what a killed suite had started to stop its serv
 
 
 @contextlib.contextmanager
-def directory_lock(directory: Path, patience: float = PATIENCE_SECONDS) -> Iterator[int]:
+def directory_lock(
+    directory: Path, patience: float = PATIENCE_SECONDS, *, name: str = "suite.lock", elsewhere: str = "another TAG or OUTPUT_ROOT"
+) -> Iterator[int]:
     """Holds `directory` for this process; gives the descriptor to hand to the commands that work in it.
 
     The kernel drops the lock with the last process that holds it, so a killed suite leaves nothing to clean up, and a command of it that
-    is still stopping keeps the next suite waiting, at most `patience` seconds. Raises ConfigError when a live suite holds the directory.
+    is still stopping keeps the next suite waiting, at most `patience` seconds. Raises ConfigError when a live suite holds
+    the directory. name: of the lock's file; elsewhere: what a user changes to work beside the holder.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "suite.lock"
-    with open(path, "a+") as file:
-        _take(file, directory, patience)
+    with open(directory / name, "a+") as file:
+        _take(file, directory, patience, elsewhere)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -52,7 +54,7 @@ def directory_lock(directory: Path, patience: float = PATIENCE_SECONDS) -> Itera
         yield file.fileno()
 
 
-def _take(file: TextIO, directory: Path, patience: float) -> None:
+def _take(file: TextIO, directory: Path, patience: float, elsewhere: str) -> None:
     deadline = time.monotonic() + patience
     waiting = False
     while True:
@@ -63,7 +65,7 @@ def _take(file: TextIO, directory: Path, patience: float) -> None:
         holder = file.read().strip() or "another process"
         if not _is_gone(holder) or time.monotonic() > deadline:
             what = f"what {holder} started and left" if _is_gone(holder) else holder
-            raise ConfigError(f"{directory} is in use by {what}; wait for it, or choose another TAG or OUTPUT_ROOT")
+            raise ConfigError(f"{directory} is in use by {what}; wait for it, or choose {elsewhere}")
         if not waiting:
             print(f"waiting for what {holder} started to stop", flush=True)
             waiting = True

@@ -7,9 +7,10 @@ import pytest
 
 from ta_opd.errors import ConfigError, DataError, ServiceError
 from ta_opd.fixed_context.analyses import AnalysisConfig
-from ta_opd.fixed_context.pipeline import STEPS, PipelineConfig, checkpoint_iterations, checkpoints, plan, run_pipeline
+from ta_opd.fixed_context.pipeline import LOCK, STEPS, PipelineConfig, checkpoint_iterations, checkpoints, plan, run_pipeline
 from ta_opd.fixed_context.sampling import SamplingConfig
 from ta_opd.fixed_context.tables import read_table, write_table
+from ta_opd.suite.memory import directory_lock
 from tests.fixed_context.diagnostic_cases import write_prompts
 
 QUIET = {"log": lambda line: None}
@@ -70,6 +71,22 @@ def test_a_failing_command_shows_the_end_of_its_log(config, tmp_path):
     training = PipelineConfig(**{**config.__dict__, "train_command": f"touch {done}", "train_done_file": str(done)})
     assert run_pipeline(training, **QUIET)["train"] == "done"
     assert run_pipeline(training, **QUIET)["train"] == "kept"
+
+
+def test_two_calls_on_one_directory_do_not_meet(config, tmp_path):
+    held = tmp_path / "held"
+    shows = f"for f in /proc/$$/fd/*; do readlink $f; done > {held}; true"
+    asks = PipelineConfig(**{**config.__dict__, "train_command": shows, "train_done_file": str(held)})
+    with directory_lock(tmp_path / "diag", name=LOCK):
+        with pytest.raises(ConfigError, match=rf"diag is in use by process {os.getpid()} on .* choose another --diag-dir \(DIAG_DIR\)"):
+            run_pipeline(asks, **QUIET)
+        assert not held.exists() and not (tmp_path / "diag" / "pipeline_state.json").exists()
+    broken = PipelineConfig(**{**asks.__dict__, "prompt_data": str(tmp_path / "absent.jsonl")})  # the first step is enough here
+    with pytest.raises(DataError):
+        run_pipeline(broken, **QUIET)
+    assert str(tmp_path / "diag" / LOCK) in held.read_text().splitlines()  # what is left of a killed call still holds the directory
+    with directory_lock(tmp_path / "diag", 0.1, name=LOCK):
+        pass
 
 
 def test_a_command_that_leaves_nothing_is_an_error(config, tmp_path):
