@@ -99,14 +99,17 @@ def test_localhost_is_the_address_that_ray_uses(user):
 def test_auto(user, monkeypatch):
     from ray._private import services
 
-    found = {"10.0.0.1:6379"}
+    listener, started = silent_port()
+    with listener:
+        monkeypatch.setattr("ray._private.utils.read_ray_address", lambda folder: started)
+        assert cluster.head_address("auto") == started  # whatever else runs here
+    found = {"10.0.0.1:6379"}  # the one that was started has ended
     monkeypatch.setattr(services, "find_gcs_addresses", lambda: set(found))
     assert cluster.head_address("auto") == "10.0.0.1:6379"
     found.add("10.0.0.1:7000")
     with pytest.raises(ServiceError, match="expected one Ray cluster on this host, found 10.0.0.1:6379, 10.0.0.1:7000"):
         cluster.head_address("auto")
     found.clear()
-    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda folder: None)
     with pytest.raises(ServiceError, match="found none"):
         cluster.head_address("auto")
 

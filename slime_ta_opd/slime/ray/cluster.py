@@ -47,13 +47,12 @@ def check(address: str) -> str:
     named = f"RAY_ADDRESS={address}"
     named += f" ({head})" if head != address else ""
     host, port = _split(head)
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
+    problem = _answers(host, port, CONNECT_SECONDS)
+    if problem is not None:
         raise NoCluster(
-            f"{named}: expected a running Ray cluster, but nothing answers there ({error}). Start it (ray start --head --port {port}), correct "
+            f"{named}: expected a running Ray cluster, but nothing answers there ({problem}). Start it (ray start --head --port {port}), correct "
             "the address, or unset RAY_ADDRESS for a Ray of this run alone"
-        ) from None
+        )
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return head  # Ray's own connection says what is wrong
     version = _ask(head, None, named)
@@ -83,13 +82,16 @@ def head_address(address: str) -> str:
     if address == "auto":
         from ray._private import services, utils
 
-        found = services.find_gcs_addresses() or {utils.read_ray_address(None)} - {None}
+        started = utils.read_ray_address(None)  # written by `ray start` on each of its machines, not by a run's own Ray
+        if started and _answers(*_split(started), 1.0) is None:
+            return started
+        found = services.find_gcs_addresses()
         if not found:
             raise ServiceError("RAY_ADDRESS=auto: expected a Ray cluster that this host is part of, found none; start it (ray start --head), "
                                "or give host:port of its head")  # fmt: skip
         if len(found) > 1:
             raise ServiceError(f"RAY_ADDRESS=auto: expected one Ray cluster on this host, found {', '.join(sorted(found))}; give one of them")
-        return found.pop()
+        return next(iter(found))
     if address.startswith("ray://"):
         raise ConfigError(
             f"RAY_ADDRESS={address}: Ray Client cannot hold a run's driver; expected {KINDS}, on a machine of the cluster, "
@@ -148,6 +150,15 @@ def enter_directory() -> None:
     except OSError as error:
         raise ServiceError(f"node {ray.util.get_node_ip_address()}: expected the directory {directory} of the driver here, too "
                            f"({error.strerror}); project, models and outputs belong on a file system that all nodes see") from error  # fmt: skip
+
+
+def _answers(host: str, port: int, seconds: float) -> OSError | None:
+    """None where something listens, else what went wrong."""
+    try:
+        socket.create_connection((host, port), timeout=seconds).close()
+    except OSError as error:
+        return error
+    return None
 
 
 def _split(address: str) -> tuple[str, int]:
