@@ -4,9 +4,9 @@ Shape letters: T packed tokens on this rank, S keys that this rank attends to, R
 d head size, N sequence segments.
 
 A segment is a run of queries with its own run of keys; query i of n attends to keys 0 .. m-n+i of its m (bottom-right
-causal). The last layer may ask for some rows only: queries of these against all keys, by a mask. Without context parallelism a segment is a sequence. With it every sequence is cut into 2 x CP chunks, rank r
-holds chunks r and 2CP-1-r, keys and values are all-gathered, and each held chunk is a segment whose keys are the
-sequence up to the chunk's end.
+causal). The last layer may ask for some rows only: queries of these against all keys, by a mask. Without context
+parallelism a segment is a sequence. With it every sequence is cut into 2 x CP chunks, rank r holds chunks r and 2CP-1-r,
+keys and values are all-gathered, and each held chunk is a segment whose keys are the sequence up to the chunk's end.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# All but cuDNN, which builds a plan for every new pair of lengths: with rows that differ from batch to batch that took longer than the step.
+_MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def row_attention(q_Rhd: Tensor, k_Sgd: Tensor, v_Sgd: Tensor, rows: RowQueries,
         if q.is_cuda and repeat > 1:  # the kernels that take a mask want as many key heads as query heads
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
         mask = torch.arange(key_end - key, device=q.device) < rows.keys_seen[first:end, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
+        with sdpa_kernel(_MASKED_KERNELS):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs).index_select(0, torch.argsort(rows.order))
 
