@@ -54,6 +54,8 @@ def test_requests_go_through_the_router_and_controls_to_every_engine(routed):
     assert loop.run(client.weight_versions()) == {engines[0].url: "1", engines[1].url: "7"}
     words = " ".join(word for pid in router.process.pids() for word in psutil.Process(pid).cmdline())
     assert "secret" not in words and "secret" not in router.process.log_file.read_text()
+    pids = router.process.pids()
+    assert {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in pids} == {"127.0.0.1"}
 
 
 def test_an_engine_asked_for_by_name_is_asked_itself(routed):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from slime.backends.sglang_utils.secret import Secret
 from slime.backends.sglang_utils.server import SGLangServer
+from slime.utils.misc import free_port
 from ta_opd.errors import ServiceError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,11 @@ class RouterProcess(SGLangServer):
     def __init__(self, policy: str, port: int | None, log_file: Path, request_timeout: float):
         super().__init__("sglang-router", "router", "127.0.0.1", port, log_file, device="router")
         self.policy, self.request_timeout = policy, request_timeout
+        self.metrics_port: int | None = None
+
+    def start(self) -> RouterProcess:
+        self.metrics_port = free_port(self.host)  # left alone it is 29000, on every address of the machine
+        return super().start()
 
     def command(self) -> list[str]:
         # retries are the client's, who leaves out the engine that failed; the run itself watches the engines
@@ -37,6 +43,7 @@ class RouterProcess(SGLangServer):
             sys.executable, "-m", "sglang_router.launch_router", "--host", self.host, "--port", str(self.port), "--policy", self.policy,
             "--disable-retries", "--disable-health-check", "--worker-startup-check-interval", "1", "--log-level", "warn",
             "--request-timeout-secs", str(max(1, round(self.request_timeout))),
+            "--prometheus-host", self.host, "--prometheus-port", str(self.metrics_port),
         ]  # fmt: skip
 
     def answers(self, timeout: float = 2.0) -> bool:
