@@ -212,11 +212,12 @@ def sampled_logprobs(entries: Sequence, length: int, *, dtype=np.float32) -> np.
         return np.array([np.nan if value is None else value for value in values], dtype)
 
 
-def gathered_logprobs(entries: Sequence, ids_TK: np.ndarray, *, dtype=np.float32) -> np.ndarray:
+def gathered_logprobs(entries: Sequence, ids_TK: np.ndarray, *, dtype=np.float32, absent_is_zero: bool = False) -> np.ndarray:
     """[T, K] log-probs at `ids_TK` from `input_token_ids_logprobs` (one list of triples per position), NaN where absent.
 
     Padded ids (-1) give NaN, except in a row with no real id whose position did carry an answer: that row gives -inf, so that
-    "asked and nothing to add" differs from "not asked". Raises DataError when the number of positions differs from T.
+    "asked and nothing to add" differs from "not asked". absent_is_zero (the released reading of an answer): so does a row none of whose
+    ids is in its answer. Raises DataError when the number of positions differs from T.
     """
     T, K = ids_TK.shape
     if len(entries) != T:
@@ -234,7 +235,8 @@ def gathered_logprobs(entries: Sequence, ids_TK: np.ndarray, *, dtype=np.float32
     place_TK = np.maximum(np.searchsorted(keys_N, want_TK, side="right") - 1, 0)
     found_TK = (keys_N[place_TK] == want_TK) & (ids_TK >= 0)
     out_TK[found_TK] = logprobs_N[order_N][place_TK[found_TK]]
-    out_TK[(counts_T > 0) & (ids_TK < 0).all(axis=1)] = -np.inf
+    nothing_T = ~found_TK.any(axis=1) if absent_is_zero else (ids_TK < 0).all(axis=1)
+    out_TK[(counts_T > 0) & nothing_T] = -np.inf
     return out_TK
 
 

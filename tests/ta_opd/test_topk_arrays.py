@@ -104,6 +104,11 @@ def test_gathered_logprobs():
     ids = np.array([[9, 7], [7, 9], [7, 9], [-1, -1]], np.int32)
     got = gathered_logprobs(entries, ids, dtype=np.float64)
     np.testing.assert_array_equal(got, [[-2, -1], [np.nan, np.nan], [-3, np.nan], [-INF, -INF]])
+    none_of_them = gathered_logprobs([entries[3]], ids[:1], absent_is_zero=True)
+    np.testing.assert_array_equal(none_of_them, [[-INF, -INF]])
+    assert np.isnan(gathered_logprobs([entries[3]], ids[:1])).all()
+    some = gathered_logprobs([entries[0], None], np.array([[9, 8], [9, 7]], np.int32), absent_is_zero=True)
+    np.testing.assert_array_equal(some, [[-2, np.nan], [np.nan, np.nan]])
     with pytest.raises(DataError, match="expected 4 positions, got 2"):
         gathered_logprobs(entries[:2], ids)
 

@@ -193,7 +193,8 @@ def _teacher_from_reply(
         if not asked or not any(asked):
             return teacher, None
         entries = last_positions(asked, length, "input_token_ids_logprobs")
-        return teacher, gathered_logprobs(entries, student.ids, dtype=reply_dtype(options))
+        released = options.opd_profile == "released"
+        return teacher, gathered_logprobs(entries, student.ids, dtype=reply_dtype(options), absent_is_zero=released)
     except DataError as error:
         if required:
             raise DataError(f"{_name(sample, ordinal)}: {error}") from error
