@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from ta_opd.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 RAY_VERSION = "2.60.0"
 NEVER_INTO_A_JOB = {"RAY_ADDRESS", "DRY_RUN"}
@@ -36,12 +38,34 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def chosen_variables(launcher: str, environment: dict[str, str]) -> dict[str, str]:
-    """The launcher's variables that are set in `environment`, in the order of its --help."""
-    clean = {k: v for k, v in environment.items() if k in ("PATH", "HOME", "LANG")}
+def declared_variables(launcher: str) -> dict[str, str]:
+    """{name: default} of the launcher's variables, in the order of its --help; defaults may name other variables."""
+    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
     listing = subprocess.run(["bash", str(ROOT / launcher), "--variables"], env=clean, capture_output=True, text=True, check=True).stdout
-    names = [line.split("\t")[1] for line in listing.splitlines()[1:]]
-    return {n: environment[n] for n in names if environment.get(n) and n not in NEVER_INTO_A_JOB}
+    return {fields[1]: fields[3] for fields in (line.split("\t") for line in listing.splitlines()[1:])}
+
+
+def check_room(args: argparse.Namespace, values: dict[str, str]) -> None:
+    """ConfigError where a run needs more GPUs than the job asks for. values: variables with the launcher's defaults."""
+    if not args.gpus or "ROLLOUT_NUM_GPUS" not in values:
+        return
+
+    def count(name: str) -> int:
+        if not values[name].isdigit():
+            raise ConfigError(f"{name}={values[name]}: expected an integer >= 1")
+        return int(values[name])
+
+    trainer = count("ACTOR_NUM_NODES") * count("ACTOR_NUM_GPUS_PER_NODE")
+    engines = 0 if values["STUDENT_URL"] else count("ROLLOUT_NUM_GPUS")
+    served = values["OPD_TYPE"] == "sglang" and not values["TEACHER_URL"] and not values["TEACHERS"]
+    teacher = max(len(values["TEACHER_GPU"].split(",")), count("TEACHER_NUM_GPUS_PER_ENGINE")) if served else 0
+    total = (max(trainer, engines) if values["COLOCATE"] == "1" else trainer + engines) + teacher
+    if total > args.nodes * args.gpus:
+        how = "of these for engines too" if values["COLOCATE"] == "1" else f"{engines} for engines"
+        raise ConfigError(
+            f"NUM_NODES={args.nodes} x GPUS_PER_NODE={args.gpus}: expected at least {total} GPUs, {trainer} for the trainer (ACTOR_NUM_NODES x "
+            f"ACTOR_NUM_GPUS_PER_NODE), {how} (ROLLOUT_NUM_GPUS, COLOCATE), {teacher} for the teacher; got {args.nodes * args.gpus}"
+        )
 
 
 def slurm(args: argparse.Namespace, variables: dict[str, str]) -> str:
@@ -153,9 +177,16 @@ def kuberay(args: argparse.Namespace, variables: dict[str, str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    variables = chosen_variables(args.launcher, dict(os.environ))
+    defaults = declared_variables(args.launcher)
+    variables = {name: os.environ[name] for name in defaults if os.environ.get(name) and name not in NEVER_INTO_A_JOB}
     if args.nodes > 1:
         variables.setdefault("ACTOR_NUM_NODES", str(args.nodes))
+    try:
+        if args.nodes > 1 or args.kind == "kuberay":  # on one Slurm node the launcher itself looks at its GPU ids
+            check_room(args, defaults | variables)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     text = (slurm if args.kind == "slurm" else kuberay)(args, variables)
     if args.output:
         Path(args.output).write_text(text)

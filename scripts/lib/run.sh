@@ -97,11 +97,44 @@ check_ray_address() { # a form that can be joined and, where something will be s
   fi
 }
 
+check_teacher_gpus() { # whole servers; on a cluster one is there whatever TEACHER_GPU says
+  _count "$TEACHER_GPU"
+  if [[ -n $RAY_ADDRESS ]] && ((REPLY < TEACHER_NUM_GPUS_PER_ENGINE)); then return; fi
+  if ((REPLY % TEACHER_NUM_GPUS_PER_ENGINE)); then
+    bad TEACHER_GPU "a multiple of TEACHER_NUM_GPUS_PER_ENGINE=$TEACHER_NUM_GPUS_PER_ENGINE ids, got $REPLY"
+  fi
+}
+
+warn_without_effect() { # variables that were set and that nothing here will read
+  local name why=""
+  local -a head=(RAY_DASHBOARD_PORT RAY_OBJECT_MANAGER_PORT RAY_NODE_MANAGER_PORT RAY_DASHBOARD_AGENT_LISTEN_PORT RAY_DASHBOARD_AGENT_GRPC_PORT
+    RAY_METRICS_EXPORT_PORT RAY_TEMP_DIR) idle=()
+  if [[ -n $RAY_ADDRESS ]]; then
+    head+=(RAY_PORT RAY_GPUS)
+    why="RAY_ADDRESS=$RAY_ADDRESS is a cluster with ports and GPUs of its own"
+  elif [[ $RAY_PORT == auto ]]; then
+    why="without RAY_PORT no Ray head is started that could use it"
+  fi
+  if [[ -n $why ]]; then
+    for name in "${head[@]}"; do
+      if [[ ${_VAR_FROM[$name]} == user && ${!name} != auto ]]; then idle+=("$name=${!name}"); fi
+    done
+    for name in "${idle[@]}"; do printf 'warning: %s has no effect: %s\n' "$name" "$why" >&2; done
+  fi
+  if [[ -z $CONDA_SH && ${_VAR_FROM[CONDA_ENV]} == user ]]; then
+    printf 'warning: CONDA_ENV=%s has no effect: conda is activated only with CONDA_SH\n' "$CONDA_ENV" >&2
+  fi
+}
+
 check_devices() { # enough GPUs, and each of them there
   if [[ $RAY_ADDRESS == local ]]; then RAY_ADDRESS=""; fi
   check_ray_address
   resolve_device
-  if [[ $DEVICE == cpu || -n $RAY_ADDRESS ]]; then return; fi
+  if [[ $DEVICE == cpu ]]; then return; fi
+  if [[ -n $RAY_ADDRESS ]]; then
+    check_teacher_gpus
+    return
+  fi
   _count "$RAY_GPUS"
   local have=$REPLY need=$ACTOR_NUM_GPUS_PER_NODE how="ACTOR_NUM_GPUS_PER_NODE=$ACTOR_NUM_GPUS_PER_NODE"
   if [[ -n $STUDENT_URL ]]; then
@@ -113,10 +146,7 @@ check_devices() { # enough GPUs, and each of them there
     need=$ROLLOUT_NUM_GPUS how="ROLLOUT_NUM_GPUS=$ROLLOUT_NUM_GPUS with COLOCATE=1"
   fi
   if ((have < need)); then bad RAY_GPUS "at least $need GPU ids for $how, got $have"; fi
-  _count "$TEACHER_GPU"
-  if ((REPLY % TEACHER_NUM_GPUS_PER_ENGINE)); then
-    bad TEACHER_GPU "a multiple of TEACHER_NUM_GPUS_PER_ENGINE=$TEACHER_NUM_GPUS_PER_ENGINE ids, got $REPLY"
-  fi
+  check_teacher_gpus
   if ((ACTOR_NUM_NODES > 1)); then bad ACTOR_NUM_NODES "1 on this host; several nodes need RAY_ADDRESS"; fi
   if [[ $DRY_RUN == 0 ]]; then
     local there id
@@ -131,7 +161,9 @@ check_devices() { # enough GPUs, and each of them there
 device_settings() { # LAUNCH_ENV, JOB_ENV (of train.py itself, wherever it runs) and FLAGS for the placement
   JOB_ENV=()
   if [[ -n $RAY_ADDRESS ]]; then
-    FLAGS+=(--teacher-num-gpus "$TEACHER_NUM_GPUS_PER_ENGINE")
+    _count "$TEACHER_GPU" # on a cluster ids mean nothing, but how many there are does
+    if ((REPLY < TEACHER_NUM_GPUS_PER_ENGINE)); then REPLY=$TEACHER_NUM_GPUS_PER_ENGINE; fi
+    FLAGS+=(--teacher-num-gpus "$REPLY")
     if [[ $DEVICE == cpu ]]; then JOB_ENV+=("CUDA_VISIBLE_DEVICES="); fi
     return
   fi
@@ -154,6 +186,7 @@ device_settings() { # LAUNCH_ENV, JOB_ENV (of train.py itself, wherever it runs)
 # ---------------------------------------------------------------------------------------------------- one run
 
 check_run() { # relations between variables; each error names them
+  warn_without_effect
   check_devices
   local total=$((ROLLOUT_BATCH_SIZE * N_SAMPLES_PER_PROMPT))
   if ((total % GLOBAL_BATCH_SIZE)); then
@@ -172,6 +205,7 @@ check_run() { # relations between variables; each error names them
     done
     if ((sources != 1)); then bad TEACHER_MODEL "exactly one of TEACHER_MODEL, TEACHER_URL and TEACHERS, got $sources"; fi
   fi
+  check_pairs_of_values
   if [[ -n $MODEL_SHAPE && ! -f $TA_OPD_ROOT/scripts/models/$MODEL_SHAPE.sh ]]; then
     bad MODEL_SHAPE "a file in scripts/models: $(cd "$TA_OPD_ROOT/scripts/models" && printf '%s ' *.sh)"
   fi
@@ -180,6 +214,29 @@ check_run() { # relations between variables; each error names them
   fi
   if [[ ! -f $SLIME_DIR/train.py ]]; then bad SLIME_DIR "the directory of train.py"; fi
   if [[ $ASYNC == 1 && $COLOCATE == 1 ]]; then bad ASYNC "0 with COLOCATE=1 (engines need GPUs of their own to sample while the trainer works)"; fi
+}
+
+check_pairs_of_values() { # what train.py would refuse, before a suite spends time on anything else
+  if [[ -n $STUDENT_TORCH_DIST && ! -f $STUDENT_TORCH_DIST/latest_checkpointed_iteration.txt ]]; then
+    bad STUDENT_TORCH_DIST "a torch_dist checkpoint (with latest_checkpointed_iteration.txt); empty starts from STUDENT_HF"
+  fi
+  if _is_number "$OPD_METRIC_Q_LOW" && _is_number "$OPD_METRIC_Q_HIGH" && ! _in_interval "$OPD_METRIC_Q_LOW" "[0,$OPD_METRIC_Q_HIGH)"; then
+    bad OPD_METRIC_Q_LOW "less than OPD_METRIC_Q_HIGH=$OPD_METRIC_Q_HIGH"
+  fi
+  local limit=$ROLLOUT_MAX_CONTEXT_LEN name=ROLLOUT_MAX_CONTEXT_LEN longest
+  longest=$(grep -o '"max_position_embeddings": *[0-9]*' "$STUDENT_HF/config.json" 2>/dev/null | grep -o '[0-9]*$' | head -n 1) || true
+  if [[ -n $limit && -n $longest ]] && ((limit > longest)); then bad ROLLOUT_MAX_CONTEXT_LEN "at most the student's $longest"; fi
+  if [[ -z $limit ]]; then limit=$longest name="the student's max_position_embeddings"; fi
+  if [[ -n $limit ]] && ((ROLLOUT_MAX_RESPONSE_LEN >= limit)); then
+    bad ROLLOUT_MAX_RESPONSE_LEN "room for a prompt within $name=$limit"
+  fi
+  local -a words
+  read -ra words <<<"$EVAL_PROMPT_DATA"
+  if ((${#words[@]} % 2)); then bad EVAL_PROMPT_DATA "pairs NAME FILE"; fi
+  local i
+  for ((i = 1; i < ${#words[@]}; i += 2)); do
+    if [[ ! -r ${words[i]} ]]; then bad EVAL_PROMPT_DATA "pairs NAME FILE of readable files (${words[i]} is none)"; fi
+  done
 }
 
 selection_flags() { # any of K, bank, mask switches the metrics on; 0 and empty become usable values

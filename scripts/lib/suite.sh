@@ -69,6 +69,9 @@ suite_main() { # suite_main ENTRIES_VARIABLE DEFAULT_ENTRIES MEANING DEFAULT_TAG
   var TAG name "$tag" "name of the suite; its directory is OUTPUT_ROOT/TAG"
   vars_suite
   launcher_init "$@"
+  local other=RUN_LIST
+  if [[ $entries == RUN_LIST ]]; then other=METHOD_LIST; fi
+  if [[ -n ${!other-} ]]; then printf 'warning: %s has no effect: this suite reads %s\n' "$other" "$entries" >&2; fi
   check_suite
   stop_on_errors
   use_conda

@@ -70,6 +70,7 @@ vars_ray() {
   var RAY_ADDRESS str? "" "host:port of a cluster to join, or http://host:port of its job server; empty: a Ray of this run alone"
   var RAY_JOB_ID name? "" "submission id at a job server; empty: RUN_NAME and a time stamp"
   var MASTER_ADDR str 127.0.0.1 "address that a Ray head of this run binds to"
+  var TEACHER_IP str? "" "address that the servers of this run bind to; another one than loopback gets an API key; empty: loopback" --sglang-host
   var TEACHER_PORT port auto "port of the teacher server"
   var TEACHER_NCCL_PORT port auto "port of the teacher's own process group"
   var RAY_PORT port auto "a number starts a Ray head on that port for this run (auto: none is needed)"
@@ -111,9 +112,10 @@ vars_loss() {
   var OPD_TEACHER_HF model? "" "Hugging Face directory of a torch_dist teacher: shape and tokenizer" --opd-teacher-hf
   var OPD_TEACHER_OFFLOAD bool 0 "keep the Megatron teacher's weights in host memory between uses" --opd-teacher-offload
   var OPD_TEACHER_CKPT_STEP int:0? "" "iteration of OPD_TEACHER_LOAD; empty: the latest" --opd-teacher-ckpt-step
-  var OPD_LOSS_TYPE str sampled_reverse_kl "loss on the kept tokens" --opd-loss-type
+  var OPD_LOSS_TYPE "choice:sampled_reverse_kl,topk_reverse_kl,topk_forward_kl,topk_jsd,topk_reverse_kl_truncated,topk_forward_kl_truncated,\
+full_reverse_kl,full_forward_kl,full_jsd" sampled_reverse_kl "loss on the kept tokens" --opd-loss-type
   var OPD_LOSS_ROWS choice:kept,all kept "rows that meet the vocabulary matrix" --opd-loss-rows
-  var OPD_LOSS_REDUCTION str? "" "denominator of the loss; empty: that of OPD_PROFILE" --opd-loss-reduction
+  var OPD_LOSS_REDUCTION choice:kept_token_mean,sample_mean,valid_token_mean? "" "denominator of the loss; empty: that of OPD_PROFILE" --opd-loss-reduction
   var OPD_TOPK_SUPPORT choice:teacher,student teacher "candidates of the top-k losses" --opd-topk-support
   var OPD_JSD_BETA "float:[0,1]" 0.5 "weight of the teacher in the mixture of jsd losses" --opd-jsd-beta
   var OPD_RECOMPUTE_STUDENT bool 0 "student log-probs under the current weights" --opd-recompute-student

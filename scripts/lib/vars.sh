@@ -257,11 +257,11 @@ print_variables() { # for the generated reference: group, name, type, default, m
   done
 }
 
-_warn_unknown() { # a misspelt OPD_... variable would silently do nothing
+_warn_unknown() { # a misspelt OPD_..., ROLLOUT_... variable would silently do nothing
   local name
   if [[ -z ${_VAR_TYPE[OPD_PROFILE]+set} ]]; then return; fi # no launcher of training
   while IFS= read -r name; do
-    if [[ $name == OPD_* && -z ${_VAR_TYPE[$name]+set} ]]; then
+    if [[ $name =~ ^(OPD|ROLLOUT|NUM_ROLLOUT|TEACHER|STUDENT|ACTOR|SAVE|N_SAMPLES)_?[A-Z] && -z ${_VAR_TYPE[$name]+set} ]]; then
       printf 'warning: %s is set, but this launcher has no such variable (--help lists them)\n' "$name" >&2
     fi
   done < <(compgen -e)

@@ -93,6 +93,19 @@ def test_the_schema_refuses_what_kuberay_does_not_know():
             jsonschema.validate(broken, SCHEMA)
 
 
+@pytest.mark.parametrize("kind", ["slurm", "kuberay"])
+def test_a_job_with_too_few_gpus_is_not_written(kind, launch, pair_variables, tmp_path):
+    variables = pair_variables("8b_to_4b") | {"LAUNCHER": "scripts/train/run_tip.sh", "NUM_NODES": "2", "GPUS_PER_NODE": "8", "JOB_KIND": kind}
+    sizes = {"ACTOR_NUM_GPUS_PER_NODE": "8", "ROLLOUT_NUM_GPUS": "16", "COLOCATE": "1", "JOB_FILE": str(tmp_path / "job")}
+    done = launch(MAKE, **variables, **sizes)
+    assert done.code == 2 and not (tmp_path / "job").exists()
+    assert "NUM_NODES=2 x GPUS_PER_NODE=8: expected at least 17 GPUs, 16 for the trainer" in done.err and "got 16" in done.err
+    assert "error: ROLLOUT_NUM_GPUS=all: expected an integer" in launch(MAKE, **(variables | sizes | {"ROLLOUT_NUM_GPUS": "all"})).err
+    for fits in ({"TEACHER_MODEL": "", "TEACHER_URL": "http://a:1/generate"}, {"ACTOR_NUM_GPUS_PER_NODE": "7", "ROLLOUT_NUM_GPUS": "14"}):
+        launch(MAKE, check=True, **(variables | sizes | fits))
+    assert "expected at least 17 GPUs" in launch(MAKE, **(variables | sizes | {"COLOCATE": "0", "ACTOR_NUM_NODES": "1", "ROLLOUT_NUM_GPUS": "8"})).err
+
+
 def test_cpu_nodes_and_a_python_of_the_job(launch):
     done = launch(MAKE, NUM_NODES="1", GPUS_PER_NODE="0", PY="/opt/env/bin/python", check=True)
     assert "gpus-per-node" not in done.out

@@ -34,6 +34,16 @@ def test_every_flag_behind_a_variable_exists_and_every_released_one_has_a_variab
     assert not flags - {f for a in build_parser()._actions for f in a.option_strings}
 
 
+def test_choices_of_the_launchers_are_those_of_train_py(launch):
+    from slime.utils.arguments import build_parser
+
+    known = {flag: action.choices for action in build_parser()._actions for flag in action.option_strings if action.choices}
+    rows = [line.split("\t") for line in launch("scripts/train/run_opd.sh", "--variables", check=True).out.splitlines()[1:]]
+    listed = {flag: kind.split(" | ") for _, _, kind, _, _, flag in rows if " | " in kind and flag in known}
+    assert len(listed) > 15 and {"--opd-loss-type", "--opd-loss-reduction"} <= set(listed)
+    assert {flag: set(words) for flag, words in listed.items()} == {flag: set(map(str, known[flag])) for flag in listed}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_name_what_exists(page):
     text = (ROOT / "docs" / f"{page}.md").read_text()

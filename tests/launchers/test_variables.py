@@ -41,6 +41,16 @@ SUITE = "scripts/train/run_teachability_opd_method_suite.sh"
         (RUN, "RUN_NAME", "a b", "letters, digits, dot, dash and underscore only"),
         (RUN, "RAY_ADDRESS", "ray://head:10001", "host:port of a cluster's head, auto, or http://host:port of its job server (Ray Client"),
         (RUN, "RAY_ADDRESS", "head", "host:port of a cluster's head, auto, or http://host:port of its job server"),
+        (RUN, "STUDENT_TORCH_DIST", "/usr", "a torch_dist checkpoint (with latest_checkpointed_iteration.txt)"),
+        (RUN, "OPD_METRIC_Q_LOW", "0.95", "less than OPD_METRIC_Q_HIGH=0.95"),
+        (RUN, "OPD_LOSS_TYPE", "reverse_kl", "one of sampled_reverse_kl,topk_reverse_kl"),
+        (RUN, "OPD_LOSS_REDUCTION", "mean", "one of kept_token_mean,sample_mean,valid_token_mean"),
+        (RUN, "ROLLOUT_MAX_RESPONSE_LEN", "40960", "room for a prompt within the student's max_position_embeddings=40960"),
+        (RUN, "ROLLOUT_MAX_CONTEXT_LEN", "1024", None),
+        (RUN, "ROLLOUT_MAX_CONTEXT_LEN", "50000", "at most the student's 40960"),
+        (RUN, "EVAL_PROMPT_DATA", "held", "pairs NAME FILE"),
+        (RUN, "EVAL_PROMPT_DATA", "held /nowhere.jsonl", "pairs NAME FILE of readable files (/nowhere.jsonl is none)"),
+        (SUITE, "OPD_METRIC_Q_HIGH", "0.01", None),
         (RUN, "TEACHER_URL", "http://127.0.0.1:1/generate", None),
         (SUITE, "SEED_LABEL", "seed/1", "letters, digits, dot, dash and underscore only"),
         (SUITE, "ON_ERROR", "ignore", "one of continue,stop"),
@@ -52,8 +62,13 @@ def test_wrong_values(script, name, value, expected, launch, pair_variables, pla
     variables |= {name: value}
     done = launch(script, DRY_RUN="1", **variables)
     assert done.code == 2
-    if expected is None:  # beside TEACHER_MODEL: one too many
-        assert "exactly one of TEACHER_MODEL, TEACHER_URL and TEACHERS, got 2" in done.err
+    if expected is None:  # it does not go with another one, which is named
+        others = {
+            "TEACHER_URL": "exactly one of TEACHER_MODEL, TEACHER_URL and TEACHERS, got 2",
+            "ROLLOUT_MAX_CONTEXT_LEN": "error: ROLLOUT_MAX_RESPONSE_LEN=1024: expected room for a prompt within ROLLOUT_MAX_CONTEXT_LEN=1024",
+            "OPD_METRIC_Q_HIGH": "error: OPD_METRIC_Q_LOW=0.05: expected less than OPD_METRIC_Q_HIGH=0.01",
+        }
+        assert others[name] in done.err
     else:
         assert f"error: {name}={value}: expected {expected}" in done.err
     assert not done.out
@@ -105,6 +120,36 @@ def test_a_misspelt_opd_variable_is_noticed(launch, pair_variables):
     done = launch(RUN, DRY_RUN="1", OPD_BUDGET_RATIOS="0.1", **pair_variables("4b_to_1p7b"))
     assert done.code == 0
     assert "warning: OPD_BUDGET_RATIOS is set, but this launcher has no such variable" in done.err
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "expected"),
+    [
+        (RUN, {"NUM_ROLLOUTS": "50"}, "NUM_ROLLOUTS is set, but this launcher has no such variable"),
+        (RUN, {"RAY_DASHBOARD_PORT": "28166"}, "RAY_DASHBOARD_PORT=28166 has no effect: without RAY_PORT no Ray head is started"),
+        (RUN, {"RAY_ADDRESS": "head:6379", "RAY_GPUS": "4,5"}, "RAY_GPUS=4,5 has no effect: RAY_ADDRESS=head:6379 is a cluster"),
+        (RUN, {"CONDA_ENV": "mine"}, "CONDA_ENV=mine has no effect: conda is activated only with CONDA_SH"),
+        (SUITE, {"RUN_LIST": "tip:0.1:10", "METHOD_LIST": "tip:0.1:10"}, "RUN_LIST has no effect: this suite reads METHOD_LIST"),
+    ],
+)
+def test_a_variable_without_effect_is_noticed(script, variables, expected, launch, pair_variables):
+    done = launch(script, DRY_RUN="1", **pair_variables("4b_to_1p7b"), **variables)
+    assert done.code == 0
+    assert [line for line in done.err.splitlines() if expected in line] and done.err.count("warning:") == 1
+
+
+def test_whoever_sets_nothing_of_that_is_not_warned(launch, pair_variables):
+    assert launch(RUN, DRY_RUN="1", **pair_variables("4b_to_1p7b")).err == ""
+    assert launch(RUN, DRY_RUN="1", RAY_PORT="28163", RAY_DASHBOARD_PORT="28164", **pair_variables("4b_to_1p7b")).err == ""
+
+
+def test_on_a_cluster_the_number_of_teacher_gpus_counts(launch, pair_variables):
+    def teachers(**variables):
+        return launch(RUN, DRY_RUN="1", RAY_ADDRESS="head:6379", **pair_variables("4b_to_1p7b"), **variables)
+
+    assert "--teacher-num-gpus 4" in teachers(TEACHER_GPU="0,1,2,3", TEACHER_NUM_GPUS_PER_ENGINE="2").out
+    assert "--teacher-num-gpus 2" in teachers(TEACHER_NUM_GPUS_PER_ENGINE="2").out
+    assert "TEACHER_GPU=0,1,2: expected a multiple of TEACHER_NUM_GPUS_PER_ENGINE=2" in teachers(TEACHER_GPU="0,1,2", TEACHER_NUM_GPUS_PER_ENGINE="2").err
 
 
 def test_an_unknown_mask_names_the_nearest(launch, pair_variables):
