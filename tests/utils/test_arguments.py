@@ -5,6 +5,7 @@ import pytest
 from slime.utils import config_file
 from slime.utils.arguments import build_parser, parse_args
 from ta_opd.errors import ConfigError
+from ta_opd.selection import _ARGUMENT, PROFILE_DEFAULTS, SelectionConfig
 
 
 def write(tmp_path, text):
@@ -58,6 +59,15 @@ def test_a_released_command_line_is_accepted():
     --custom-rm-path slime.rollout.on_policy_distillation.reward_func --balance-data --use-opd --opd-type sglang"""
     args = parse_args(words.split())
     assert args.num_layers == 28 and args.opd_type == "sglang"
+
+
+@pytest.mark.parametrize("name", [n for n, value in PROFILE_DEFAULTS["paper"].items() if value != PROFILE_DEFAULTS["released"][n]])
+def test_each_choice_of_a_profile_is_a_flag_of_its_own_and_the_flag_wins(name):
+    for profile, other in (("paper", "released"), ("released", "paper")):
+        flag, value = "--" + _ARGUMENT[name].replace("_", "-"), PROFILE_DEFAULTS[other][name]
+        config = SelectionConfig.from_args(parse_args(["--opd-profile", profile, flag, value]))
+        got = {field: getattr(config, field) for field in PROFILE_DEFAULTS[profile]}
+        assert got == {**PROFILE_DEFAULTS[profile], name: value}
 
 
 def test_secrets_stay_out_of_the_saved_configuration(tmp_path):
