@@ -95,9 +95,10 @@ class LiveRun:
         return self.output
 
     def left(self, seconds: float = 20) -> list[str]:
-        """Processes of the run that are still there after `seconds`."""
+        """Processes of the run that are still there after `seconds`, and files of its servers."""
         _, alive = psutil.wait_procs(list(self.seen.values()), timeout=seconds)
-        return [f"{p.pid} {' '.join(p.cmdline())[:120]}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        there = [f"{p.pid} {' '.join(p.cmdline())[:120]}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return there + [str(folder) for folder in Path("/tmp").glob("sgl-*") if int(folder.name.split("-")[1]) in self.seen]
 
     def stop(self) -> None:
         """Whatever happened in the test: no process stays."""

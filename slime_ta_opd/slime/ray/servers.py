@@ -19,12 +19,13 @@ import ray
 from slime.backends.sglang_utils.client import Clients, SGLangClient
 from slime.backends.sglang_utils.router import Router
 from slime.ray.calls import get
-from slime.ray.cluster import enter_directory
+from slime.ray.cluster import NODE_ADDRESS, enter_directory
 from slime.ray.placement import Placement
 from ta_opd.errors import ConfigError, ServiceError, TaOpdError
 
 _LOOK_SECONDS = 1.0  # between two looks at the servers
 _PORT_SECONDS = 15.0  # for an asked-for port to be given back by the server that had it
+_CLEAN_SECONDS = 5.0  # for the owner of a dead server to remove its files
 _RESTARTS = 3  # starts in a row of one teacher that may fail
 
 
@@ -36,6 +37,8 @@ class ServerActor:
         from slime.backends.sglang_utils.server import SGLangServer
 
         enter_directory()
+        if args.sglang_host == NODE_ADDRESS:
+            args.sglang_host = ray.util.get_node_ip_address()
         log = Path(args.output_dir).absolute() / "logs" / f"{name}.log"
         self.server = SGLangServer.for_run(args, role, model, tp=tp, log_file=log, port=port)
 
@@ -224,6 +227,8 @@ class Servers:
 
     def _restart(self, m: Managed, client: SGLangClient) -> None:
         """Starts `m` again; `client` asks at the new address from now on."""
+        with contextlib.suppress(Exception):  # it removes the files of the server that died
+            ray.get(m.actor.stop.remote(), timeout=_CLEAN_SECONDS)
         with contextlib.suppress(Exception):
             ray.kill(m.actor)
         old = m.url
