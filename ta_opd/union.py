@@ -139,8 +139,12 @@ def union_in_released_order(student_ids, teacher_ids, p_student, p_teacher, scra
 
 def ordered_sum(x_BU: np.ndarray) -> np.ndarray:
     """Sum of each row from left to right, as Python's sum over a list."""
-    total_B = np.zeros(x_BU.shape[0], x_BU.dtype)
-    for column in range(x_BU.shape[1]):
+    B, U = x_BU.shape
+    if B > 1 and U > 0:
+        # Over the slow axis numpy adds whole rows, one after another; a single column it would sum pairwise.
+        return np.add.reduce(np.ascontiguousarray(x_BU.T), axis=0)
+    total_B = np.zeros(B, x_BU.dtype)
+    for column in range(U):
         total_B += x_BU[:, column]
     return total_B
 

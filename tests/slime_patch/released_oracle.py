@@ -31,6 +31,14 @@ RANKED = {  # method: (score, only Q3, lowest first)
 METHODS = (*RANKED, "split_budget_ca", "random")
 
 
+def added(values) -> float:
+    """Plainly from left to right; `sum` compensates for rounding since Python 3.12."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
 def finite(value) -> bool:
     return value is not None and math.isfinite(value)
 
@@ -45,17 +53,16 @@ def clamp(x: float) -> float:
 
 
 def entropy(p: dict[int, float]) -> tuple[float, float]:
-    mass = sum(p.values())
+    mass = added(p.values())
     if mass <= 0:
         return 0.0, 0.0
-    h = -sum(v / mass * math.log(max(v / mass, EPS)) for v in p.values() if v > 0)
-    h = max(h, 0.0)
-    return h, h / math.log(max(sum(v > 0 for v in p.values()), 2))
+    h = max(-added(v / mass * math.log(max(v / mass, EPS)) for v in p.values() if v > 0), 0.0)
+    return h, h / math.log(max(len([v for v in p.values() if v > 0]), 2))
 
 
 def divergences(s: dict, t: dict) -> tuple[float, float, float]:
     union = set(list(s)).union(list(t))  # the order in which a set of ids is summed decides last bits, and they decide ties
-    mass_s, mass_t = sum(s.get(v, 0.0) for v in union), sum(t.get(v, 0.0) for v in union)
+    mass_s, mass_t = added(s.get(v, 0.0) for v in union), added(t.get(v, 0.0) for v in union)
     if mass_s <= 0 or mass_t <= 0:
         return 0.0, 0.0, 0.0
     forward = reverse = overlap = 0.0
@@ -79,8 +86,8 @@ def measure(args: dict, samples: list[dict], teacher_log_probs: list, replies: l
             s, t = top(sample["student_top_logprobs"][place]), top(teachers[place])
             s_ids, t_ids, token = list(s), list(t), sample["tokens"][len(sample["tokens"]) - length + place]
             known = top(asked[place])
-            lower = clamp(sum(t.get(v, 0.0) for v in s))
-            true = clamp(sum(known.get(v, 0.0) for v in s)) if known else None
+            lower = clamp(added(t.get(v, 0.0) for v in s))
+            true = clamp(added(known.get(v, 0.0) for v in s)) if known else None
             c = lower if true is None else true
             ema = c if ema is None else alpha * ema + (1 - alpha) * c
             (hs, hs_norm), (ht, ht_norm) = entropy(s), entropy(t)
@@ -94,7 +101,7 @@ def measure(args: dict, samples: list[dict], teacher_log_probs: list, replies: l
                 "sampled_teacher_adv": teacher_logp - student_logp if both else None,
                 "student_top1_id": s_ids[0] if s else None, "teacher_top1_id": t_ids[0] if t else None,
                 "student_top1_prob": s[s_ids[0]] if s else 0.0, "teacher_top1_prob": t[t_ids[0]] if t else 0.0,
-                "student_topk_mass": clamp(sum(s.values())), "teacher_topk_mass": clamp(sum(t.values())),
+                "student_topk_mass": clamp(added(s.values())), "teacher_topk_mass": clamp(added(t.values())),
                 "Hs_topk": hs, "Ht_topk": ht, "Hs_topk_norm": hs_norm, "Ht_topk_norm": ht_norm,
                 "KLf_union": forward, "KLr_union": reverse, "CBC": overlap,
                 "Cmass": c, "Cmass_topk": lower, "Cmass_true": true, "Cmass_exact": int(true is not None),

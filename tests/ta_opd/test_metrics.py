@@ -10,6 +10,7 @@ from benchmarks import selection_oracle as oracle
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.metrics import METRIC_COLUMNS, position_columns, token_metrics
 from ta_opd.topk import TopK, TopKParts
+from ta_opd.union import ordered_sum
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # nan, inf, division by zero
 K = 6
@@ -251,3 +252,18 @@ def test_responses_in_parts_give_the_same_columns_as_one_array():
     chained = token_metrics(*(TopKParts(parts) for parts in sides), **given)
     for name, column in whole.items():
         np.testing.assert_array_equal(chained[name], column, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 257])
+@pytest.mark.parametrize("columns", [0, 1, 2, 7, 8, 9, 33, 128, 200])
+@pytest.mark.parametrize("layout", [np.ascontiguousarray, np.asfortranarray, lambda x: x[::-1, ::-1]])
+def test_sums_run_from_left_to_right_to_the_last_bit(rows, columns, layout):
+    rng = np.random.default_rng(rows * 1000 + columns)
+    x_BU = layout(rng.random((rows, columns)) * 10.0 ** rng.integers(-12, 3, (rows, columns)))
+    expected = []
+    for row in x_BU.tolist():
+        total = 0.0
+        for value in row:
+            total += value
+        expected.append(total)
+    assert ordered_sum(x_BU).tolist() == expected
