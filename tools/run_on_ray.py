@@ -134,6 +134,7 @@ def ray_head(args: argparse.Namespace):
     token_file = None
     if os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         token_file = os.environ["RAY_AUTH_TOKEN_PATH"] = _write_token(Path(temp))
+    cluster.read_settings()
     well = False
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address", args.host,
              "--dashboard-host", args.host, "--temp-dir", temp, "--disable-usage-stats"]  # fmt: skip

@@ -1,9 +1,11 @@
 """RAY_ADDRESS: what can be joined, and what is said within seconds about what cannot."""
 
+import http.server
 import os
 import socket
 import subprocess
 import sys
+import threading
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +195,60 @@ def test_actors_get_the_driver_directory_and_no_secret(user, monkeypatch, tmp_pa
     monkeypatch.setenv("SLIME_RUN_DIRECTORY", str(tmp_path / "elsewhere"))
     with pytest.raises(ServiceError, match="expected the directory .*elsewhere of the driver here, too"):
         cluster.enter_directory()
+
+
+@pytest.fixture
+def job_server():
+    """job_server(token) -> address of what answers a client's first question as a dashboard does; None: a server of something else."""
+    running = []
+
+    def start(token="", garbage=False):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                given = self.headers.get("Authorization")
+                assert self.path == "/api/version"
+                if garbage:
+                    self.wfile.write(b"\0\0@\r\n\r\n")
+                    return
+                self.send_response(200 if not token or given == f"Bearer {token}" else 403 if given else 401)
+                self.end_headers()
+
+            def log_message(self, *words):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_job_server_gets_the_token_that_it_asks_for(user, job_server):
+    user.has(RAY_AUTH_TOKEN="secret")
+    cluster.job_server_mode(job_server())
+    assert "RAY_AUTH_MODE" not in os.environ
+    cluster.job_server_mode(job_server("secret"))
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.parametrize(
+    ("given", "server", "expected"),
+    [
+        ({}, {"token": "secret"}, "asks for a token and there is none here"),
+        ({"RAY_AUTH_TOKEN": "wrong"}, {"token": "secret"}, "refuses the token of RAY_AUTH_TOKEN"),
+        ({}, {"garbage": True}, "expected a Ray job server, but what answers there is none"),
+    ],
+)
+def test_a_job_server_that_refuses(given, server, expected, user, job_server):
+    user.has(**given)
+    with pytest.raises(ServiceError, match=expected):
+        cluster.job_server_mode(job_server(**server))
 
 
 def test_a_job_server_that_is_not_there(user):

@@ -7,6 +7,7 @@ first (NodeInfoGcsService.CheckAlive of Ray's protocol), and this process then d
 
 from __future__ import annotations
 
+import http.client
 import os
 import secrets
 import socket
@@ -26,6 +27,7 @@ _FORWARDED = ("LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALL
 _FORWARDED_PREFIXES = ("NCCL_", "GLOO_", "SGLANG_", "TORCH_", "PYTORCH_", "TRITON_", "NVTE_", "SLIME_", "TA_OPD_")
 _SECRET = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
 _DIRECTORY = "SLIME_RUN_DIRECTORY"
+NODE_ADDRESS = "node"  # value of args.sglang_host: each server binds to the address that its node has in the cluster
 
 
 class NoCluster(ServiceError):
@@ -60,10 +62,7 @@ def check(address: str) -> str:
         token = _token(named)
         version = _ask(head, token, named)
         if version is None:
-            raise ServiceError(
-                f"{named}: the cluster refuses the token of {_token_source()}. Expected the one that it was started with: "
-                "export RAY_AUTH_TOKEN=... (or RAY_AUTH_TOKEN_PATH=file)"
-            )
+            raise _refused(named)
         _use_mode("token")
     else:
         if os.environ.get("RAY_AUTH_MODE", "disabled").lower() != "disabled":
@@ -109,17 +108,28 @@ def head_address(address: str) -> str:
 def job_server_mode(address: str) -> None:
     """Gives this process the token mode of the job server at `address` (http...). Raises ServiceError where none answers."""
     named = f"RAY_ADDRESS={address}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        opener.open(address.rstrip("/") + "/api/version", timeout=CONNECT_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):
-            raise ServiceError(f"{named}: expected a Ray job server, got HTTP {error.code}; give the dashboard's address") from None
-        _token(named)
+    code = _version_code(address, None, named)
+    if code in (401, 403):
+        code = _version_code(address, _token(named), named)
+        if code in (401, 403):
+            raise _refused(named)
         _use_mode("token")
-    except (OSError, ValueError) as error:
+    if code != 200:
+        raise ServiceError(f"{named}: expected a Ray job server, got HTTP {code}; give the dashboard's address")
+
+
+def _version_code(address: str, token: str | None, named: str) -> int:
+    """HTTP status of the job server's first question."""
+    request = urllib.request.Request(address.rstrip("/") + "/api/version", headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=CONNECT_SECONDS) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        what = "what answers there is none" if isinstance(error, http.client.HTTPException) else "nothing answers there"
         raise ServiceError(
-            f"{named}: expected a Ray job server, but nothing answers there ({getattr(error, 'reason', error)}). "
+            f"{named}: expected a Ray job server, but {what} ({str(getattr(error, 'reason', error)).strip()!a:.80}). "
             "It is the dashboard's address, and needs ray[default] on the cluster; without it RAY_ADDRESS=host:6379 runs the driver directly"
         ) from None
 
@@ -131,7 +141,13 @@ def private_token() -> None:
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        AuthenticationTokenLoader.instance().reset_cache()
+        read_settings()
+
+
+def read_settings() -> None:
+    """Has Ray read token mode and token from the environment anew: it read them when it was imported."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def forwarded() -> dict[str, str]:
@@ -199,12 +215,15 @@ def _token(named: str) -> str:
     return loader.get_raw_token(ignore_auth_mode=True)
 
 
-def _token_source() -> str:
-    return next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token")
+def _refused(named: str) -> ServiceError:
+    source = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token")
+    return ServiceError(
+        f"{named}: the cluster refuses the token of {source}. Expected the one that it was started with: "
+        "export RAY_AUTH_TOKEN=... (or RAY_AUTH_TOKEN_PATH=file)"
+    )
 
 
 def _use_mode(mode: str) -> None:
-    """Ray has read its configuration when it was imported, so it is made to read it again."""
     if os.environ.get("RAY_AUTH_MODE", "disabled").lower() != mode:
         os.environ["RAY_AUTH_MODE"] = mode
-        Config.initialize("")
+        read_settings()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.backends.sglang_utils.secret import Secret
+from slime.backends.sglang_utils.server import is_loopback
 from slime.ray import cluster
 from slime.utils.misc import human_bytes, quiet_environment
 from ta_opd.errors import ConfigError, ServiceError
@@ -124,6 +127,10 @@ def create_placement(args) -> Placement:
     order = {gpu: i for i, gpu in enumerate(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))} if session else {}
     found = sorted(enumerate(ray.get(where)), key=lambda item: (item[1][0], _position(item[1][1], order), item[0]))
     slots = [Slot(bundle, node, gpu) for bundle, (node, gpu) in found]
+    nodes = {slot.node for slot in slots}
+    if len(nodes) > 1 and is_loopback(args.sglang_host):  # nobody on another node could reach a server there
+        args.sglang_host = cluster.NODE_ADDRESS
+        args.sglang_api_key = args.sglang_api_key or Secret(secrets.token_urlsafe(24))
     return Placement(layout, group, slots, session)
 
 

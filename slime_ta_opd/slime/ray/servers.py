@@ -19,7 +19,7 @@ import ray
 from slime.backends.sglang_utils.client import Clients, SGLangClient
 from slime.backends.sglang_utils.router import Router
 from slime.ray.calls import get
-from slime.ray.cluster import enter_directory
+from slime.ray.cluster import NODE_ADDRESS, enter_directory
 from slime.ray.placement import Placement
 from ta_opd.errors import ConfigError, ServiceError, TaOpdError
 
@@ -37,6 +37,8 @@ class ServerActor:
         from slime.backends.sglang_utils.server import SGLangServer
 
         enter_directory()
+        if args.sglang_host == NODE_ADDRESS:
+            args.sglang_host = ray.util.get_node_ip_address()
         log = Path(args.output_dir).absolute() / "logs" / f"{name}.log"
         self.server = SGLangServer.for_run(args, role, model, tp=tp, log_file=log, port=port)
 

@@ -26,12 +26,12 @@ def main(train: Callable, argv: Sequence[str] | None = None, *, asynchronous: bo
     try:
         args = parse_args(argv)
         args.asynchronous = asynchronous
+        if cluster.is_joined(os.environ.get("RAY_ADDRESS")) and not args.dry_run:
+            cluster.check(os.environ["RAY_ADDRESS"])  # before models and prompts are read, and before anything of the run is touched
         validate(args)
         if args.dry_run:
             print_plan(args)
         else:
-            if cluster.is_joined(os.environ.get("RAY_ADDRESS")):
-                cluster.check(os.environ["RAY_ADDRESS"])  # before anything of the run is touched
             with_restarts(train, args)
     except TaOpdError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -237,6 +237,8 @@ class SGLangServer:
         for pid in self.pids():
             try:
                 found = psutil.Process(pid).net_connections("tcp")
+            except psutil.AccessDenied:  # nothing can be seen here: believe it
+                return True
             except psutil.Error:
                 continue
             if any(c.status == psutil.CONN_LISTEN and c.laddr.port == self.port for c in found):
