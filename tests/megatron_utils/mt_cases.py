@@ -170,6 +170,7 @@ def load_then_step(rank, ranks, port, model, data, **changes) -> dict:
         "steps": {float(s["step"]) for s in states},
         "step_tensors": len({s["step"].data_ptr() for s in states}),
         "parameters": len(states),
+        "fused": all(g["fused"] for g in trainer.optimizer.core.param_groups),
         "moments": moments(trainer),
         "weights": export(trainer),
     }

@@ -42,6 +42,7 @@ def test_other_layout(pool, models, tmp_path, source, target, tied):
         assert rank["extra"] == {"data_source": {"epoch": 1, "offset": (3, 4)}, "note": "kept"}
         assert rank["steps"] == {2.0}, "every parameter must have taken two steps"
         assert rank["step_tensors"] == rank["parameters"], "step tensors are shared between parameters"
+        assert rank["fused"], "the step would copy all weights"
     before, after = saved[0], loaded[0]
     assert set(before["moments"]) == set(after["moments"])
     for name, expected in before["moments"].items():

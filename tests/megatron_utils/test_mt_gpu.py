@@ -98,5 +98,5 @@ def test_checkpoints_between_layouts(pool, models, tmp_path, source, target):
     for name, expected in saved[0]["moments"].items():
         np.testing.assert_array_equal(loaded[0]["moments"][name], expected, err_msg=name)
     for rank in loaded:
-        assert rank["steps"] == {2.0} and rank["step_tensors"] == rank["parameters"]
+        assert rank["steps"] == {2.0} and rank["step_tensors"] == rank["parameters"] and rank["fused"]
     np.testing.assert_allclose(loaded[0]["next"]["loss"], saved[0]["next"]["loss"], rtol=1e-2)

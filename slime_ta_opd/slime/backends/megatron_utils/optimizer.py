@@ -6,6 +6,8 @@ load, so that a step would count once a parameter. (1) is met by creating the st
 functions that `_mend` puts in their place. The other optimizers cannot load a checkpoint written before the first step:
 mended there too.
 
+AdamW runs as one fused kernel: torch's default keeps copies the size of the weights while it steps, which was the trainer's peak.
+
 Weight decay is left off norms and biases: megatron-core applies that (wd_mult) only through OptimizerParamScheduler.
 """
 
@@ -55,6 +57,7 @@ class Optimizer:
         self._groups = [{k: g[k] for k in ("max_lr", "min_lr", "betas", "eps")} for g in self.core.param_groups]
         for part in self.core.chained_optimizers:
             if _is_torch_adam(part):
+                _fuse(part.optimizer)
                 _create_state(part.optimizer)
                 _mend(part)
         total = max(settings.total_steps, settings.lr_warmup_iters + 1)
@@ -134,20 +137,29 @@ def _is_torch_adam(part) -> bool:
     return isinstance(getattr(part, "optimizer", None), torch.optim.AdamW)
 
 
+def _step(value: float, p: torch.Tensor) -> torch.Tensor:
+    """A step count of its own for `p`, where the fused kernel reads it."""
+    return torch.tensor(value, dtype=torch.float32, device=p.device)
+
+
+def _fuse(adam: torch.optim.AdamW) -> None:
+    for group in adam.param_groups:
+        group.update(fused=True, foreach=False)
+
+
 def _create_state(adam: torch.optim.AdamW) -> None:
     for group in adam.param_groups:
         for p in group["params"]:
             if not adam.state[p]:
                 adam.state[p].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(p.data), exp_avg_sq=torch.zeros_like(p.data)
+                    step=_step(0.0, p), exp_avg=torch.zeros_like(p.data), exp_avg_sq=torch.zeros_like(p.data)
                 )
 
 
 def _own_steps(adam: torch.optim.AdamW) -> None:
     """Gives every parameter its own step tensor, with the value it has (0 where a checkpoint had none)."""
-    for state in adam.state.values():
-        step = state.get("step", 0.0)
-        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+    for p, state in adam.state.items():
+        state["step"] = _step(float(state.get("step", 0.0)), p)
 
 
 def _mend(optimizer) -> None:
@@ -164,6 +176,7 @@ def _mend(optimizer) -> None:
         if not isinstance(self, DistributedOptimizer):  # these leave the common step out before the first step
             state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
         type(self).load_state_dict(self, state)
+        _fuse(self.optimizer)  # param groups come from the checkpoint
         _own_steps(self.optimizer)
 
     optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)
