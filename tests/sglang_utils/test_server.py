@@ -265,6 +265,16 @@ def test_a_server_whose_port_was_taken_in_between_starts_on_another_one(server, 
     assert said in one.log_file.read_text()
 
 
+def test_a_server_that_lost_a_port_of_its_own_choice_starts_again(server):
+    """SGLang chooses ports for its process groups by itself; what it says about a lost one stands far above the end of its log."""
+    one = server()
+    plain, lost = one.command, "[c10d] The server socket has failed to listen. port: 41000, code: -98, name: EADDRINUSE"
+    fails = [sys.executable, "-c", f"import sys; print({lost!r}); print('  at somewhere\\n' * 200); sys.exit(1)"]
+    one.command = lambda: fails if not one.log_file.exists() or one.log_file.read_text().count("$ ") < 2 else plain()
+    one.start().wait_ready(60)
+    assert one.answers() and one.log_file.read_text().count("start 2 of 4") == 1
+
+
 def test_it_gives_up_where_that_goes_on(server, thief, monkeypatch):
     monkeypatch.setattr("slime.backends.sglang_utils.server._PORT_TRIES", 2)
     one = server()
