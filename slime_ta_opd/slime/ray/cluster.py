@@ -122,7 +122,7 @@ def _version_code(address: str, token: str | None, named: str) -> int:
     """HTTP status of the job server's first question."""
     request = urllib.request.Request(address.rstrip("/") + "/api/version", headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=CONNECT_SECONDS) as reply:
+        with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as reply:  # through a proxy where one is set, as Ray's client
             return reply.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -224,6 +224,7 @@ def _refused(named: str) -> ServiceError:
 
 
 def _use_mode(mode: str) -> None:
-    if os.environ.get("RAY_AUTH_MODE", "disabled").lower() != mode:
+    """Token mode of this process; one with tokens that the user has chosen (k8s) stays."""
+    if (os.environ.get("RAY_AUTH_MODE", "disabled").lower() == "disabled") != (mode == "disabled"):
         os.environ["RAY_AUTH_MODE"] = mode
         read_settings()
