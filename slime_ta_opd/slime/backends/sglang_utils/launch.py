@@ -2,8 +2,10 @@
 
 Every process that the server spawns imports this file first, and from then on ends with the one that spawned it: SGLang
 asks the kernel for that too, but only after seconds of imports, and a parent killed in that time left them behind.
+Full garbage collections are rare in all of them.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -15,6 +17,9 @@ from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
 
 _PARENT_VARIABLE = "SLIME_SERVER_PARENT"  # process id that children of this process find there
 _LOOK_SECONDS = 0.5
+# A batch in flight is millions of small lists (tokens x K log-probs), all alive: a full collection finds nothing among them and stops the
+# server for 0.2 to 0.8 s, three times in 18 s of sampling on an H200. Young objects are collected as usual, all of them once in 250 million.
+_COLLECT = (50_000, 5, 1_000)
 
 
 def end_with(parent: int) -> None:
@@ -31,6 +36,7 @@ def end_with(parent: int) -> None:
 if __name__ == "__mp_main__":  # spawned by the server; the supervisor sees to the server itself
     end_with(int(os.environ[_PARENT_VARIABLE]))
 if __name__ in ("__main__", "__mp_main__"):
+    gc.set_threshold(*_COLLECT)
     listen_where_told()
     os.environ[_PARENT_VARIABLE] = str(os.getpid())
 
