@@ -159,9 +159,10 @@ class Distiller:
         return [_top(torch.log_softmax(logits[run][index].float(), -1), ids_RBS[run, :, 1:].flatten()[index], self.size.k) for run, index in enumerate(rows)]
 
     def _select(self, runs: list[Run], rollout: int, rows, student, teacher) -> list[tuple[np.ndarray, dict]]:
-        jobs = []
+        jobs, bounds = [], np.cumsum([len(index) for index in rows])[:-1]
+        sides = [{k: np.split(torch.cat([run[k] for run in side]).cpu().numpy(), bounds) for k in side[0]} for side in (student, teacher)]
         for i, run in enumerate(runs):
-            s, t = ({k: v.cpu().numpy() for k, v in side[i].items()} for side in (student, teacher))
+            s, t = ({k: v[i] for k, v in side.items()} for side in sides)
             arrays = {"student_ids": s["ids"], "student_logps": s["logps"], "teacher_ids": t["ids"], "teacher_logps": t["logps"], "sampled": s["target"],
                       "student_logp": s["logp"], "teacher_logp": t["logp"], "lengths": np.array(self._lengths[i])}  # fmt: skip
             jobs.append((run.arm.selector, run.arm.budget, run.seed, rollout, arrays, False))

@@ -87,16 +87,21 @@ def interval(values) -> tuple[float, float]:
     return float(x.mean()), float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
 
 
-def better_rate(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs at each arm's better learning rate: higher validation accuracy over the seeds that both rates have, then lower KL."""
-    out = []
-    for _, arm in runs.groupby(["selector", "budget", "loss"], sort=False):
-        counts = arm.groupby("lr")["seed"].nunique()
-        both = set.intersection(*(set(part["seed"]) for _, part in arm.groupby("lr")))
-        judged = arm[arm["seed"].isin(both)] if both else arm
+def rate_of_each_arm(runs: pd.DataFrame) -> dict[tuple[str, float, str], float]:
+    """(selector, budget, loss) -> the better learning rate: higher validation accuracy over the seeds that all rates have, then lower KL."""
+    out = {}
+    for key, arm in runs.groupby(["selector", "budget", "loss"], sort=False):
+        shared = set.intersection(*(set(part["seed"]) for _, part in arm.groupby("lr")))
+        judged = arm[arm["seed"].isin(shared)] if shared else arm
         means = judged.groupby("lr").agg(validation=("validation", "mean"), KLf=("KLf", "mean"))
-        best = means.sort_values(["validation", "KLf"], ascending=[False, True]).index[0]
-        out.append(arm[arm["lr"] == best].assign(rates_tried=len(counts)))
+        out[key] = means.sort_values(["validation", "KLf"], ascending=[False, True]).index[0]
+    return out
+
+
+def better_rate(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs at each arm's better learning rate; rates_tried: of how many."""
+    rates = rate_of_each_arm(runs)
+    out = [arm[arm["lr"] == rates[key]].assign(rates_tried=arm["lr"].nunique()) for key, arm in runs.groupby(["selector", "budget", "loss"], sort=False)]
     return pd.concat(out, ignore_index=True)
 
 

@@ -1,8 +1,11 @@
-"""Which runs there are: every selector at every budget and full supervision, each loss, each seed, both learning rates."""
+"""Which runs there are: every selector at every budget and full supervision, each loss and seed.
+
+The first seed runs at both learning rates; the others at the better one of each arm, by the validation problems of the first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from benchmarks.behaviour.sizes import Size
@@ -47,17 +50,25 @@ def arms(size: Size) -> list[Arm]:
     return out
 
 
-def runs(size: Size) -> list[Run]:
-    """Seed by seed, so that a stop at a time limit leaves whole seeds."""
-    return [Run(arm, seed, lr) for seed in size.seeds for arm in arms(size) for lr in size.rates]
+def first_runs(size: Size) -> list[Run]:
+    """Of the first seed: every arm at both learning rates."""
+    return [Run(arm, size.seeds[0], lr) for arm in arms(size) for lr in size.rates]
 
 
-def groups(size: Size) -> Iterator[list[Run]]:
+def later_runs(size: Size, rates: Mapping[Arm, float]) -> list[Run]:
+    """Of the other seeds, each arm at its own rate; seed by seed, so that a stop at a time limit leaves whole seeds."""
+    return [Run(arm, seed, rates[arm]) for seed in size.seeds[1:] for arm in arms(size)]
+
+
+def number_of_runs(size: Size) -> int:
+    return len(arms(size)) * (len(size.rates) + len(size.seeds) - 1)
+
+
+def groups(size: Size, runs: list[Run]) -> Iterator[list[Run]]:
     """Runs that are trained together: of one loss and seed, so that they see the same prompts."""
     pending: dict[tuple, list[Run]] = {}
-    for run in runs(size):
-        key = (run.seed, run.arm.loss)
-        pending.setdefault(key, []).append(run)
+    for run in runs:
+        pending.setdefault((run.seed, run.arm.loss), []).append(run)
     for members in pending.values():
         for begin in range(0, len(members), size.group):
             yield members[begin : begin + size.group]

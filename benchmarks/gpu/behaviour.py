@@ -1,4 +1,4 @@
-"""Which tokens to teach, measured: every selector at several budgets, two losses, three seeds, two learning rates, from models made here.
+"""Which tokens to teach, measured: every selector at several budgets, two losses, three seeds, the better of two learning rates.
 
     python benchmarks/gpu/behaviour.py --size gpu --output-dir outputs/behaviour --seconds 560     # again, until it says it is done
     python benchmarks/gpu/behaviour.py --size mid --device cpu --output-dir outputs/behaviour-mid  # minutes, two cores
@@ -6,7 +6,7 @@
 
 A teacher and a student are trained from scratch on generated multi-step reasoning (examples/reasoning), each in its own writer's words.
 Then groups of runs of on-policy distillation share the device (behaviour/distil.py); every run samples equally many responses. A
-call that is stopped goes on where it ended. Writes runs.csv, arms.csv (at the better learning rate, 95 % intervals over seeds),
+call that is stopped goes on where it ended. The first seed runs at both rates; the others at the one that was better for the arm. Writes runs.csv, arms.csv (at the better learning rate, 95 % intervals over seeds),
 arms.png, regression*.csv, rollouts.parquet, report.html and result.json.
 """
 
@@ -39,7 +39,9 @@ from ta_opd.fixed_context.hf import import_transformers  # noqa: E402
 
 def count(size: Size) -> dict:
     """Runs, tokens and operations; seconds at 35 % of 790 TFLOP/s plus what launches and the CPU take, a guess to check against the first group."""
-    runs, groups = plan.runs(size), list(plan.groups(size))
+    first = plan.first_runs(size)
+    later = plan.later_runs(size, dict.fromkeys(plan.arms(size), size.rates[0]))
+    runs, groups = first + later, [*plan.groups(size, first), *plan.groups(size, later)]
     length = 18 + 0.8 * size.response  # tokens of a prompt and a response, about
     tokens = len(runs) * size.rollouts * size.prompts * length
     student, teacher = size.student.width.parameters, size.teacher.width.parameters
@@ -80,29 +82,44 @@ class Session:
 
     def train(self, deadline: float) -> bool:
         """Trains groups until all are done (True) or the next would probably end after `deadline`."""
-        groups, longest = list(plan.groups(self.size)), 0.0
-        for number, runs in enumerate(groups):
-            file = self.parts / f"{number:04d}.pickle"
-            if file.is_file():
-                continue
-            if time.time() + 1.1 * longest > deadline:
-                say(f"stopped at the time limit: {number} of {len(groups)} groups are done; call again to go on")
-                return False
-            began = time.time()
-            self.distiller.log.rows.clear()
-            stack = self.distiller.train(runs)
-            rows = outcome.measure(stack, runs, self.frozen, self.heldout, self.validation, self.size)
-            seconds = time.time() - began
-            middle = sorted(self.size.budgets)[len(self.size.budgets) // 2]
-            wanted = [run.arm.budget in (1.0, middle) and (run.arm.selector == "full" or run.arm.selector in outcome.REGRESSED and run.seed == self.size.seeds[0])
-                      for run in runs]  # fmt: skip
-            states = {run.name: stack.state_of(i) for i, run in enumerate(runs) if wanted[i]}
-            partial = file.with_suffix(".partial")
-            partial.write_bytes(pickle.dumps({"rows": rows, "rollouts": self.distiller.log.rows, "states": states, "seconds": seconds}))
-            partial.replace(file)
-            longest = max(longest, seconds)
-            best = max(rows, key=lambda r: r["accuracy"])
-            say(f"group {number + 1} of {len(groups)}: {len(runs)} runs in {seconds:.1f} s; best {best['run']} {best['accuracy']:.3f}")
+        self.longest = 0.0
+        first = list(plan.groups(self.size, plan.first_runs(self.size)))
+        if not all(self._group(number, runs, deadline) for number, runs in enumerate(first)):
+            return False
+        rates = {plan.Arm(*key): lr for key, lr in outcome.rate_of_each_arm(pd.DataFrame(self._rows(len(first)))).items()}
+        later = plan.groups(self.size, plan.later_runs(self.size, rates))
+        return all(self._group(len(first) + number, runs, deadline) for number, runs in enumerate(later))
+
+    def _file(self, number: int) -> Path:
+        return self.parts / f"{number:04d}.pickle"
+
+    def _rows(self, count: int) -> list[dict]:
+        """Results of the first `count` groups."""
+        return [row for number in range(count) for row in pickle.loads(self._file(number).read_bytes())["rows"]]
+
+    def _group(self, number: int, runs: list[plan.Run], deadline: float) -> bool:
+        """Whether the group is done, now or before."""
+        file = self._file(number)
+        if file.is_file():
+            return True
+        if time.time() + 1.1 * self.longest > deadline:
+            say(f"stopped at the time limit: {number} groups are done; call again to go on")
+            return False
+        began = time.time()
+        self.distiller.log.rows.clear()
+        stack = self.distiller.train(runs)
+        rows = outcome.measure(stack, runs, self.frozen, self.heldout, self.validation, self.size)
+        seconds = time.time() - began
+        middle = sorted(self.size.budgets)[len(self.size.budgets) // 2]
+        wanted = [run.arm.budget in (1.0, middle) and (run.arm.selector == "full" or run.arm.selector in outcome.REGRESSED and run.seed == self.size.seeds[0])
+                  for run in runs]  # fmt: skip
+        states = {run.name: stack.state_of(i) for i, run in enumerate(runs) if wanted[i]}
+        partial = file.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps({"rows": rows, "rollouts": self.distiller.log.rows, "states": states, "seconds": seconds}))
+        partial.replace(file)
+        self.longest = max(self.longest, seconds)
+        best = max(rows, key=lambda r: r["accuracy"])
+        say(f"group {number + 1}: {len(runs)} runs in {seconds:.1f} s; best {best['run']} {best['accuracy']:.3f}")
         return True
 
     def finish(self, complete: bool) -> dict:
@@ -136,7 +153,7 @@ class Session:
             left_out.append(f"regression or report: {error}")
             say(f"left out: {left_out[-1]}")
         last = steps[steps["rollout"] == 0]
-        result = {"complete": complete, "runs": len(table), "of": len(plan.runs(self.size)), "models": self.facts, "start": self.start,
+        result = {"complete": complete, "runs": len(table), "of": plan.number_of_runs(self.size), "models": self.facts, "start": self.start,
                   "compatibility_sd": float(last["Cmass_sd"].mean()), "mean_compatibility": float(last["Cmass"].mean()), "sentences": outcome.sentences(arms),
                   "report": str(page) if page else None, "left_out": left_out, "seconds_training_and_measuring": seconds}  # fmt: skip
         print("\n".join(["", arms.to_string(max_rows=60, float_format="%.4f"), "", *result["sentences"]]))

@@ -165,13 +165,17 @@ def test_each_run_has_its_own_rate_and_clipping():
 
 def test_the_plan_covers_the_registry_and_groups_hold_every_run_once():
     size = SIZES["gpu"]
-    runs = plan.runs(size)
+    rates = {arm: size.rates[i % 2] for i, arm in enumerate(plan.arms(size))}
+    first, later = plan.first_runs(size), plan.later_runs(size, rates)
+    runs = first + later
     names = {s.name for s in list_selectors()} - {"none"}
     assert {r.arm.selector for r in runs} == names | {"full"}
-    assert {(r.seed, r.lr) for r in runs} == {(s, lr) for s in (1, 2, 3) for lr in size.rates}
-    grouped = [r for group in plan.groups(size) for r in group]
-    assert sorted(r.name for r in grouped) == sorted(r.name for r in runs) and len(set(grouped)) == len(runs)
-    assert all(len({(r.seed, r.arm.loss) for r in group}) == 1 and len(group) <= size.group for group in plan.groups(size))
+    assert {(r.arm, r.lr) for r in first} == {(arm, lr) for arm in plan.arms(size) for lr in size.rates} and {r.seed for r in first} == {1}
+    assert {(r.arm, r.seed, r.lr) for r in later} == {(arm, seed, rates[arm]) for arm in plan.arms(size) for seed in (2, 3)}
+    groups = [*plan.groups(size, first), *plan.groups(size, later)]
+    grouped = [r for group in groups for r in group]
+    assert sorted(r.name for r in grouped) == sorted(r.name for r in runs) and len(set(grouped)) == len(runs) == plan.number_of_runs(size)
+    assert all(len({(r.seed, r.arm.loss) for r in group}) == 1 and len(group) <= size.group for group in groups)
     assert 100e6 < size.teacher.width.parameters < 130e6 and 22e6 < size.student.width.parameters < 28e6
 
 
@@ -247,7 +251,10 @@ def test_a_tiny_run_gives_tables_pictures_and_goes_on_where_it_stopped(tmp_path,
     assert behaviour.main(words) == 0
     assert behaviour.main([*words, "--rollouts", "9"]) == 2 and "expected groups of the same settings" in capsys.readouterr().err
     result, runs = json.loads((tmp_path / "result.json").read_text()), pd.read_csv(tmp_path / "runs.csv")
-    assert result["complete"] and len(runs) == len(plan.runs(TINY)) == result["of"]
+    assert result["complete"] and len(runs) == plan.number_of_runs(TINY) == result["of"]
+    later = runs[runs["seed"] == TINY.seeds[1]]
+    rates = outcome.rate_of_each_arm(runs[runs["seed"] == TINY.seeds[0]])
+    assert {(r.selector, r.budget, r.loss): r.lr for r in later.itertuples()} == rates
     assert result["compatibility_sd"] > 0 and runs["run"].is_unique
     arms = pd.read_csv(tmp_path / "arms.csv")
     assert len(arms) == len(plan.arms(TINY)) and {"accuracy_ci", "KLf_ci"} <= set(arms)
