@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--temp-dir", help="session directory of a started head; default: a new one")
     p.add_argument("--log-dir", default=".", help="directory for the log of a started head")
     p.add_argument("--num-cpus", type=int, help="CPUs that a started head offers; default: all")
+    p.add_argument("--least-cpus", type=int, default=0, help="... and this many where the host has fewer")
     p.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     return p
 
@@ -139,8 +140,8 @@ def ray_head(args: argparse.Namespace):
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address", args.host,
              "--dashboard-host", args.host, "--temp-dir", temp, "--disable-usage-stats"]  # fmt: skip
     words += [w for name, port in ports.items() if port is not None for w in (f"--{name}", str(port))]
-    if args.num_cpus:
-        words += ["--num-cpus", str(args.num_cpus)]
+    if args.num_cpus or args.least_cpus:
+        words += ["--num-cpus", str(args.num_cpus or max(args.least_cpus, os.cpu_count() or 1))]
     log = Path(args.log_dir) / f"ray_head_{args.port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as out:

@@ -297,6 +297,11 @@ ray_wrapper() { # WRAPPER = the command that puts train.py on a cluster, empty f
       if [[ ${!name} != auto ]]; then WRAPPER+=("${flag,,}" "${!name}"); fi
     done
     if [[ -n $RAY_TEMP_DIR ]]; then WRAPPER+=(--temp-dir "$RAY_TEMP_DIR"); fi
+    if [[ $DEVICE == cpu ]]; then # a process each needs a place, also where the host has fewer cores
+      local -a named
+      read -ra named <<<"$TEACHERS"
+      WRAPPER+=(--least-cpus $((ACTOR_NUM_GPUS_PER_NODE + ROLLOUT_NUM_GPUS + (1 + ${#named[@]}) * TEACHER_NUM_GPUS_PER_ENGINE)))
+    fi
   fi
   if ((${#WRAPPER[@]})); then WRAPPER+=(--); fi
 }

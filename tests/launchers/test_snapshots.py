@@ -129,6 +129,7 @@ def test_data(launch, place):
         ("cluster", {"RAY_ADDRESS": "head:6379", "ACTOR_NUM_NODES": "2"}),
         ("own_head", PORTS),
         ("cpu", {"DEVICE": "cpu"}),
+        ("own_head_cpu", {"DEVICE": "cpu", "RAY_PORT": "28163"}),
         ("one_gpu", {"RAY_GPUS": "3", "TEACHER_GPU": "3", "COLOCATE": "1", "ACTOR_NUM_GPUS_PER_NODE": "1"}),
         ("running_teacher", {"TEACHER_MODEL": "", "TEACHER_URL": "http://a:1/generate http://b:2/generate"}),
         ("two_teachers", {"TEACHER_MODEL": "", "TEACHERS": "math=http://a:1/generate code=http://b:2/generate"}),
