@@ -79,7 +79,7 @@ async def sample_response(
 def append_reply(sample: Sample, reply: Any, top_k: int) -> None:
     """Adds the sampled tokens and their arrays to `sample` and sets its status."""
     before, new = sample.response_length, len(reply.output_ids)
-    sample.tokens = [*sample.tokens, *shared_ids(reply.output_ids)]
+    sample.tokens = list(sample.tokens) + shared_ids(reply.output_ids)  # a sum has no room to spare
     sample.response_length = before + new
     if len(reply.log_probs) == new:
         parts = [] if sample.rollout_log_probs is None else [sample.rollout_log_probs]

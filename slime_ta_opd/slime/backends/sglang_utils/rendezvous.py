@@ -23,7 +23,8 @@ def _bind_stores(rendezvous: ModuleType) -> None:
     def bound_store(host_name: str, port: int, *args: Any, is_master: bool = False, **kwargs: Any):
         if is_master and port and kwargs.get("master_listen_fd") is None:
             try:
-                kwargs["master_listen_fd"] = socket.create_server((host_name, port)).detach()  # the store's from now on
+                family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
+                kwargs["master_listen_fd"] = socket.create_server((host_name, port), family=family).detach()  # the store's from now on
             except OSError:
                 pass  # an older store of this process has the port and takes this one in, or torch says what is wrong
         return make(host_name, port, *args, is_master=is_master, **kwargs)
