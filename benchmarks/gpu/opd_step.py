@@ -47,6 +47,7 @@ TOPOLOGIES = {
 GPUS = {"one": 1, "apart": 2, "tp2": 2, "four": 4}
 # Shares of the memory that is free when a server starts, student before teacher (apart: the teacher first); what is left is the trainer's.
 MEMORY = {"one": (0.40, 0.40), "apart": (0.70, 0.45), "tp2": (0.40, 0.40), "four": (0.40, 0.65)}
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 STOCK = ["--opd-profile", "released", "--opd-loss-rows", "all", "--score-after-generation", "--score-whole-sequence"]
 TINY = {"case": "4x2x32", "student": "tiny", "teacher": "tiny-teacher", "max_tokens": 2048, "k": 8}
 TINY_VOCABULARY, TINY_PROMPT = 512, 16
@@ -61,7 +62,7 @@ def command(args, out: Path, teacher: list[str]) -> list[str]:
         "--num-rollout", args.steps, "--opd-topk-metrics-k", args.k, "--opd-budget-ratio", args.budget,
         "--opd-loss-type", args.loss, "--lr", "1e-6", "--max-tokens-per-gpu", args.max_tokens, "--output-dir", out, "--run-name", out.name,
         "--trace", "--no-use-tensorboard", "--opd-token-bank-dir", out / "token_bank",
-        "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1", *TOPOLOGIES[args.topology],
+        *(RECOMPUTE if args.recompute else []), *TOPOLOGIES[args.topology],
     ]  # fmt: skip
     words += ["--opd-selector-path", f"{ROOT}/benchmarks/gpu/stock_selector.py:{args.mask}"] if args.loop_mask else ["--opd-budget-mask", args.mask]
     if args.device == "cuda":
@@ -149,7 +150,7 @@ def utilisation(args, m: dict[str, float], rate: float) -> dict[str, float]:
     student = load_model(f"{args.models}/{args.student}")
     gpus = 1 if args.topology == "apart" else GPUS[args.topology]  # that train
     samples = m["rollout/samples"]
-    done, useful = operations_of(student, m["train/tokens"], m["train/tokens"] / samples, m["train/rows"], recompute=True)
+    done, useful = operations_of(student, m["train/tokens"], m["train/tokens"] / samples, m["train/rows"], recompute=args.recompute)
     seconds = {"phase": m["seconds/train"], "steps": m["train/step_seconds"]}
     out = {"operations_useful": useful, "operations_done": done}
     for name, value in seconds.items():
@@ -172,7 +173,7 @@ def summary(args, rows: list[dict], watch: Watch, host: dict) -> dict:
     held = [s["trainer_gib"] for s in steps[args.skip :] if s["trainer_gib"]]
     return {
         "case": args.case, "topology": args.topology, "budget": args.budget, "mask": args.mask, "loss": args.loss, "k": args.k,
-        "stock": args.stock, "student": args.student, "teacher": args.teacher, "machine": host, "seconds": {**table, "total": total},
+        "stock": args.stock, "recompute": args.recompute, "student": args.student, "teacher": args.teacher, "machine": host, "seconds": {**table, "total": total},
         "select_bank_parse_share": (table.get("select", 0.0) + table.get("split", 0.0)) / total,
         "score_beyond_generation": table.get("score", 0.0) / total, "idle": idle, "utilisation": utilisation(args, m, host["matmul_operations_per_second"]),
         "trainer_peak_gib": m.get("train/peak_memory_gib"), "memory_by_step": steps,
@@ -219,7 +220,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--profile", choices=("paper", "released"))
     add("--steps", type=int, default=4)
     add("--skip", type=int, default=1, help="first steps left out of the medians")
-    add("--max-tokens", type=int)
+    add("--max-tokens", type=int, help="of a micro-batch; default 16384")
+    add("--recompute", action=argparse.BooleanOptionalAction, default=True, help="--no-recompute: keep all activations; take --max-tokens 8192 then")
     add("--student-memory", type=float, help="share of the memory that is free when the engine starts; default by topology")
     add("--teacher-memory", type=float, help="the same of the teacher's server")
     add("--stock", action="store_true", help="the stock choices, by flags")
