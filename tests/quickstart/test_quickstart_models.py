@@ -119,6 +119,13 @@ def test_models_that_do_not_fit_the_task_are_an_error_and_not_cached(tmp_path, m
     assert not any(tmp_path.iterdir())
 
 
+def test_a_shorter_teacher_is_another_model_and_the_usual_one_is_not():
+    assert tiny_models.with_teacher_steps(Settings().teacher.steps) == Settings()
+    shorter = tiny_models.with_teacher_steps(360)
+    assert (shorter.teacher.steps, shorter.teacher.schedule, shorter.student) == (360, 360, Settings().student)
+    assert tiny_models.fingerprint(shorter, HELDOUT) != tiny_models.fingerprint(Settings(), HELDOUT)
+
+
 def test_models_need_problems_to_hold_back(tmp_path):
     with pytest.raises(ConfigError, match="held-out"):
         tiny_models.tiny_models(tmp_path, [], QUICK)

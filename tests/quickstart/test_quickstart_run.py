@@ -127,7 +127,8 @@ def test_goals_are_about_full_opd():
     assert [ok for _, ok in run.goals(table.assign(gap_closed=np.nan))][0] is False
 
 
-@pytest.mark.parametrize("argv, words", [(["--contexts", "0"], "--contexts"), (["--methods", "nonsense:1"], "nonsense"), (["--steps", "0"], "--steps")])
+@pytest.mark.parametrize("argv, words", [(["--contexts", "0"], "--contexts"), (["--methods", "nonsense:1"], "nonsense"), (["--steps", "0"], "--steps"),
+                                         (["--teacher-steps", "0"], "--teacher-steps")])  # fmt: skip
 def test_wrong_options_end_at_once_with_one_line(tmp_path, argv, words, capsys):
     assert run.main(["--output-dir", str(tmp_path / "out"), *argv]) == 2
     error = capsys.readouterr().err
@@ -139,7 +140,7 @@ def test_wrong_options_end_at_once_with_one_line(tmp_path, argv, words, capsys):
 @pytest.mark.slow
 def test_whole_quick_start_on_the_real_stack(tmp_path):
     command = [sys.executable, str(ROOT / "slime_ta_opd" / "examples" / "quickstart" / "run.py"), "--output-dir", str(tmp_path), "--steps", "6",
-               "--methods", "pure_opd:1.0 teachability:0.10", "--contexts", "40"]  # fmt: skip
+               "--methods", "pure_opd:1.0 teachability:0.10", "--contexts", "40", "--teacher-steps", "360"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = pd.read_csv(tmp_path / "report" / "summary.csv").set_index("mask")

@@ -32,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "outputs" / "quickstart")
     parser.add_argument("--cache-dir", type=Path, default=ROOT / "outputs" / "cache", help="where the two models are kept")
+    parser.add_argument("--teacher-steps", type=int, default=tiny_models.Settings().teacher.steps,
+                        help="training steps of the teacher; with fewer than 300 it is too weak (default: %(default)s)")  # fmt: skip
     parser.add_argument("--methods", default=plan.METHODS, help="method:ratio entries (default: %(default)s)")
     parser.add_argument("--seeds", default="seed1", help="seed labels: seed1 seed2 ..., every method with each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=80, help="rollouts of each run (default: %(default)s)")
@@ -61,13 +63,14 @@ def run(args: argparse.Namespace) -> int:
     began, home = time.time(), args.output_dir.resolve()
     if not 1 <= args.contexts <= 300:
         raise ConfigError(f"--contexts: expected 1 to 300 (the held-out prompts), got {args.contexts}")
+    settings = tiny_models.with_teacher_steps(args.teacher_steps)
     plan.plan(home, methods=args.methods, seeds=args.seeds, steps=args.steps, student=home, train_file=home, heldout_file=home)  # checked early
     import_transformers().utils.logging.disable_progress_bar()  # tiny models load in milliseconds
     with processes.MemoryWatch() as memory:
         say("task: 2,000 training prompts and 300 held-out ones")
         task = arithmetic.write_task(home / "task")
         say("models: teacher and student, trained here or taken from the cache")
-        models = tiny_models.tiny_models(args.cache_dir.resolve(), arithmetic.read_jsonl(task["heldout"]))
+        models = tiny_models.tiny_models(args.cache_dir.resolve(), arithmetic.read_jsonl(task["heldout"]), settings)
         say(f"teacher solves {models.teacher_accuracy:.1%}, student {models.student_accuracy:.1%} of the held-out prompts")
         runs = plan.plan(
             home, methods=args.methods, seeds=args.seeds, steps=args.steps, student=models.student, train_file=task["train"],

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from examples.quickstart import decoding
@@ -70,6 +70,14 @@ class Settings:
     student_shape: Shape = field(default_factory=Shape)
     teacher_at_least: float = 0.9
     student_between: tuple[float, float] = (0.2, 0.6)
+
+
+def with_teacher_steps(steps: int) -> Settings:
+    """The usual settings with a teacher of so many steps, its schedule as long. Raises ConfigError below 1."""
+    if steps < 1:
+        raise ConfigError(f"--teacher-steps: expected at least 1, got {steps}")
+    usual = Settings()
+    return replace(usual, teacher=replace(usual.teacher, steps=steps, schedule=steps))
 
 
 @dataclass(frozen=True)
