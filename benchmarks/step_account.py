@@ -3,9 +3,11 @@
     python benchmarks/step_account.py              # Qwen3-1.7B shape, 10 % kept; recorded peaks from results/
     python benchmarks/step_account.py --trace      # also: every tensor of the trainer's own step on a small model, on the CPU
 
-bf16 weights, f32 gradient buffers, full recompute of one layer at a time, tied embedding, no optimizer. The peak is the larger of two moments:
-  head    the loss of the needed rows is done: all checkpoints, a chunk of logits and the gradient of the head
-  layer   the backward pass of one layer: all checkpoints and what one layer keeps
+The ways of megatron_step.py: bf16 weights, gradient buffers in f32 or bf16, full recompute of one layer at a time, tied embedding, no
+optimizer. The peak is the larger of two moments:
+  head    the loss: all checkpoints, logits (plain: bf16 and three of f32 beside each other; else one chunk), gradients that are there
+  layer   the backward pass of the MLP's last product in one layer: its checkpoint and those before, and what the layer keeps. On kept rows
+          the last layer holds less than the one before, whose own moment comes when the last checkpoint is gone.
 The trace counts live tensors after every operation (torch's dispatcher), so memory inside a kernel is not seen.
 """
 
@@ -25,14 +27,12 @@ if __package__ in (None, ""):
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "slime_ta_opd")]
 
 from benchmarks import measure as m
+from benchmarks.loss_rows import CHUNK
+from benchmarks.megatron_step import WAYS
 from benchmarks.reference_trunk import QWEN3_1_7B, Shape
 
 KEPT, LENGTH, PROMPT, CHUNK_BYTES = 0.10, 4096, 256, 512 << 20
-WAYS = {  # name: (rows are kept, plain loss, last layer's rows, gated MLP and tied gradient as autograd keeps them)
-    "all, plain": (False, True, "all", True),
-    "kept, as recorded": (True, False, "mlp", True),  # the last layer's MLP on kept rows
-    "kept, today": (True, False, "kept", False),
-}
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def parameters(s: Shape) -> dict[str, int]:
@@ -47,25 +47,28 @@ def num_rows(tokens: int, kept: bool) -> int:
     return int(tokens * KEPT) if kept else tokens - tokens // LENGTH * (PROMPT - 1)
 
 
-def layer_bytes(s: Shape, autograd_mlp: bool) -> float:
+def layer_bytes(s: Shape, autograd_mlp: bool = False) -> float:
     """Bytes a token that the backward pass of one recomputed layer holds at its peak, checkpoints aside (bf16)."""
     q, kv, h, f = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.hidden, s.ffn
     attention = h + (q + 2 * kv) + q + q + kv + kv + q  # norm, joint projection, queries, rotated q and k, values, output
     ends = 2 * h + 2 * h  # output and its gradient; hidden states between the halves and their norm
-    mlp = 2 * f + f + f  # both projections, silu(gate), product, and going back:
-    back = 2 * f if autograd_mlp else 0  # two gradients beside that of the product, which takes the product's place
-    return 2.0 * (attention + ends + (mlp if autograd_mlp else mlp - f) + back)
+    mlp = 2 * f + f + f  # both projections; the product and its gradient
+    by_autograd = 3 * f if autograd_mlp else 0  # silu(gate) and up plus 0, and one gradient more
+    return 2.0 * (attention + ends + mlp + by_autograd)
 
 
-def account(s: Shape, tokens: int, kept: bool, plain: bool, autograd: bool) -> dict[str, float]:
+def account(s: Shape, tokens: int, way: str, gradients: str = "fp32") -> dict[str, float]:
     """GiB by name, and the two moments."""
-    n, rows = parameters(s), num_rows(tokens, kept)
-    out = {"weights": 2 * n["all"], "gradient buffers": 4 * n["all"], "checkpoints": s.layers * tokens * s.hidden * 2}
-    head = 2 * n["embedding"] + 2 * 2 * rows * s.hidden
-    logits = rows * s.vocab * (2 + 4 + 4 + 2) if plain else min(CHUNK_BYTES, rows * s.vocab * 2)  # bf16, f32, log-softmax, gradient
-    out |= {"head: logits": logits, "head: gradients": head}
-    out["layer: kept for backward"] = tokens * layer_bytes(s, autograd)
-    out["layer: gradient of the tied head"] = 2 * n["embedding"] if autograd else 0
+    of, loss, last = WAYS[way]
+    n, rows = parameters(s), num_rows(tokens, of == "kept")
+    checkpoint = tokens * s.hidden * 2
+    logits = {"plain": rows * s.vocab * (2 + 4 + 4 + 2), "chunked": CHUNK * s.vocab * (2 + 4 + 4 + 2), "ours": min(CHUNK_BYTES, rows * s.vocab * 2)}
+    head = 2 * 2 * rows * s.hidden + (0 if loss == "plain" else 2 * n["embedding"])  # plain: that of the matrix comes after the peak
+    out = {
+        "weights": 2 * n["all"], "gradient buffers": GRADIENT_BYTES[gradients] * n["all"], "checkpoints": s.layers * checkpoint,
+        "head: logits": logits[loss], "head: gradients": head, "layer: kept for backward": tokens * layer_bytes(s),
+        "layer: checkpoints gone": 0 if last == "all" else -checkpoint,
+    }  # fmt: skip
     out = {name: value / m.GIB for name, value in out.items()}
     base = out["weights"] + out["gradient buffers"] + out["checkpoints"]
     for moment in ("head", "layer"):
@@ -74,9 +77,10 @@ def account(s: Shape, tokens: int, kept: bool, plain: bool, autograd: bool) -> d
     return out
 
 
-def flops(s: Shape, tokens: int, kept: bool, last: str) -> dict[str, float]:
+def flops(s: Shape, tokens: int, way: str) -> dict[str, float]:
     """TFLOP of forward, recompute and backward: layers before the last, the last one, the head."""
-    rows = num_rows(tokens, kept)
+    of, loss, last = WAYS[way]
+    rows = num_rows(tokens, of == "kept")
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     causal, masked = 4 * LENGTH / 2 * q, 4 * LENGTH * q
 
@@ -86,27 +90,33 @@ def flops(s: Shape, tokens: int, kept: bool, last: str) -> dict[str, float]:
         return 4 * products + 4.5 * attention
 
     own = {"all": (tokens, tokens), "mlp": (tokens, rows), "kept": (rows, rows)}[last]
-    out = {"other layers": (s.layers - 1) * layer(tokens, tokens), "last layer": layer(*own), "head": 6 * rows * s.hidden * s.vocab}
+    out = {"other layers": (s.layers - 1) * layer(tokens, tokens), "last layer": layer(*own), "head": (8 if loss == "chunked" else 6) * rows * s.hidden * s.vocab}
     return {name: value / 1e12 for name, value in {**out, "all": sum(out.values())}.items()}
 
 
-def recorded() -> dict[tuple[int, str], float]:
-    """Peaks in GiB of results/loss_rows_megatron_h200.json by (tokens, way)."""
+def recorded() -> dict[tuple[str, int, str], dict]:
+    """Rows of results/loss_rows_megatron_h200.json by (dtype of the gradient buffers, tokens, way)."""
     file = m.RESULTS / "loss_rows_megatron_h200.json"
     rows = json.loads(file.read_text())["tables"]["whole step"] if file.is_file() else []
-    return {(r["tokens"], r["way"]): r["peak GiB"] for r in rows}
+    return {(r["gradients"], r["tokens"], r["way"]): r for r in rows}
 
 
 def tables(s: Shape, sizes: list[int]) -> dict[str, list[dict]]:
     measured, memory, work = recorded(), [], []
+    for gradients in GRADIENT_BYTES:
+        for tokens in sizes:
+            every = account(s, tokens, "all, plain", gradients)["peak"]
+            for way in WAYS:
+                counted = account(s, tokens, way, gradients)
+                real = measured.get((gradients, tokens, way), {}).get("peak GiB")
+                memory.append({"gradients": gradients, "tokens": tokens, "way": way, **{k: round(v, 2) for k, v in counted.items()},
+                               "recorded peak": real, "counted / recorded": round(counted["peak"] / real, 4) if real else None,
+                               "of all": round(counted["peak"] / every, 3)})  # fmt: skip
     for tokens in sizes:
-        every = account(s, tokens, *WAYS["all, plain"][:2], WAYS["all, plain"][3])["peak"]
-        for way, (kept, plain, last, autograd) in WAYS.items():
-            known = {"all, plain": "all, plain", "kept, as recorded": "kept, ours"}.get(way)
-            counted = account(s, tokens, kept, plain, autograd)
-            memory.append({"tokens": tokens, "way": way, **{k: round(v, 2) for k, v in counted.items()},
-                           "recorded peak": measured.get((tokens, known)), "of all": round(counted["peak"] / every, 3)})  # fmt: skip
-            work.append({"tokens": tokens, "way": way, **{k: round(v, 2) for k, v in flops(s, tokens, kept, last).items()}})
+        for way in WAYS:
+            done, ms = flops(s, tokens, way), measured.get(("fp32", tokens, way), {}).get("ms")
+            rate = {"recorded ms": ms, "TFLOP/s": done["all"] / ms * 1e3 if ms else None}
+            work.append({"tokens": tokens, "way": way, **{k: None if v is None else round(v, 2) for k, v in {**done, **rate}.items()}})
     return {"GiB": memory, "TFLOP": work}
 
 
