@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -22,10 +23,15 @@ from slime.planning.memory import GIB, working_width  # noqa: E402
 from slime.planning.models import BF16, load_model  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-SHEET, GUESS = "data sheet", "assumption"
+GUESS = "assumption"
+STEP = "opd_step_one_h200_64x4x1024_r0p10.json"  # the whole step that predictions are compared with
+FIRST = "opd_step_one_h200_64x4x1024_r0p10_first.jsonl"  # an earlier one: 205 responses at once, CUDA graphs for 64 only
+SERVICES = {"prompts": 64, "prompt": 256, "response": 512}  # what services.py samples and scores on a GPU
+DEFAULT_WAY = "kept, ours, last layer on kept rows"
+MATMUL = 784.7e12  # STEP's machine
 GPUS = {  # matmul, memory, bandwidth, nvlink, network
-    "H200": (790e12, 143_771 * 2**20, 4.8e12, 360e9, 40e9, "matmul measured (serving_h200.json); memory as the driver says; the rest data sheet x 0.8"),
-    "H100": (790e12, 81_559 * 2**20, 3.35e12, 360e9, 40e9, "matmul taken as the H200's (same chip); the rest data sheet, links x 0.8"),
+    "H200": (MATMUL, 143_771 * 2**20, 4.8e12, 360e9, 40e9, f"matmul measured ({STEP}); memory as the driver says; the rest data sheet x 0.8"),
+    "H100": (MATMUL, 81_559 * 2**20, 3.35e12, 360e9, 40e9, "matmul taken as the H200's (same chip); the rest data sheet, links x 0.8"),
     "A100": (265e12, 81_920 * 2**20, 2.0e12, 240e9, 20e9, "data sheet x 0.85, links x 0.8; never run here"),
 }
 
@@ -41,7 +47,7 @@ def rate(value: float, unit: str, status: str, source: str, how: str) -> dict:
 
 def training_rates() -> dict:
     source, model, budget = "loss_rows_megatron_h200.json", load_model("1.7B"), 0.1
-    rows = {r["tokens"]: r for r in load(source)["tables"]["whole step"] if r["way"].startswith("kept, ours")}  # the last one: the default
+    rows = {r["tokens"]: r for r in load(source)["tables"]["whole step"] if r["gradients"] == "fp32" and r["way"] == DEFAULT_WAY}
     (small, large) = sorted(rows)
     span, seconds = large - small, (rows[large]["ms"] - rows[small]["ms"]) / 1e3
     done = model.trunk_operations(span) * 4 + model.attention_operations(span, 4096) * 4.5 + 3 * model.head_operations(budget * span)
@@ -50,7 +56,7 @@ def training_rates() -> dict:
     kept = model.shape.num_layers * model.shape.hidden_size * BF16
     both = f"of {small:,} and {large:,} tokens (kept rows, full recompute)"
     return {
-        "train_utilisation": rate(done / seconds / 790e12, "of the matmul rate", "measured", source, f"operations over the time difference {both}"),
+        "train_utilisation": rate(done / seconds / MATMUL, "of the matmul rate", "measured", source, f"operations over the time difference {both}"),
         "micro_batch_seconds": rate(fixed, "s", "measured", source, f"what the line through the times {both} leaves at 0 tokens"),
         "activation_copies": rate((a_token - kept) / (BF16 * working_width(model)), "x the widths of one layer", "measured", source,
                                   f"slope of the peaks {both}, less the inputs of all layers"),
@@ -63,52 +69,58 @@ def training_rates() -> dict:
 
 
 def serving_rates() -> dict:
-    source = "serving_h200.json"
-    raw = load(source)
+    source, step = "services_h200.json", load(STEP)
     student, teacher = load_model("1.7B"), load_model("4B")
-    batch, prompt, length = raw["prompts"], raw["prompt_tokens"], raw["response_tokens"]
+    batch, prompt, length = SERVICES["prompts"], SERVICES["prompt"], SERVICES["response"]
     tokens, gpu = batch * length, GPUS["H200"]
-    calls = {(c["call"], c.get("span"), c["K"]): sum(c["seconds"]) / len(c["seconds"]) for c in raw["calls"] if "note" not in c}
+    raw = load(source)
+    generate = {r["K"]: r["seconds"] for r in raw if r["part"] == "generate"}
+    score = {r["K"]: r["seconds"] for r in raw if r["part"] == "score" and r["span"] == "response"}
+    copies = [r for r in raw if r["part"] == "sync" and r["round"] > 0]
+    copy = copies[0]["GB"] * 1e9 / statistics.median(r["seconds"] for r in copies)
     whole = batch * (prompt + length)
-    scored = calls["score", "whole", 0]
-    done = teacher.trunk_operations(whole) + teacher.attention_operations(whole, prompt + length) + teacher.head_operations(whole)
-    prefill = done / scored / 790e12
+    done = teacher.trunk_operations(whole) + teacher.attention_operations(whole, prompt + length) + teacher.head_operations(tokens)
+    prefill = done / score[0] / MATMUL
     share, sample = 0.8, 1e-6
     bandwidth = gpu[2] * share
     weights = student.decode_weight_bytes(batch) / bandwidth
     cache = tokens * (prompt + length / 2) * student.cache_bytes / bandwidth
-    first = (student.trunk_operations(batch * prompt) + student.attention_operations(batch * prompt, prompt)) / (790e12 * prefill)
-    layer = (calls["generate", None, 0] - first - cache - tokens * sample) / length - weights
-    step = load("opd_step_one_h200_64x4x1024_r0p10_first.jsonl")[0]
-    eager = _eager(step["seconds/sample"], student, layer / student.shape.num_layers, prefill, bandwidth, sample, calls, tokens)
-    what = "64 x 256 + 512 tokens"
+    first = (student.trunk_operations(batch * prompt) + student.attention_operations(batch * prompt, prompt)) / (MATMUL * prefill)
+    layer = (generate[0] - first - cache - tokens * sample) / length - weights
+    eager = _eager(load(FIRST)[0]["seconds/sample"], student, layer, prefill, bandwidth, sample + (generate[16] - generate[0]) / tokens)
+    what = f"{batch} x {prompt} + {length} tokens"
+    sync = step["seconds"]["sync"] - student.parameters * BF16 / copy
     return {
-        "prefill_utilisation": rate(prefill, "of the matmul rate", "measured", source, f"4B scoring whole sequences, no top-k, {what}"),
-        "score_topk_seconds": rate((calls["score", "whole", 16] - scored) / whole / 16, "s a token and K", "measured", source,
-                                   "mean of two calls with top-16, less without; taken as linear in K"),
+        "prefill_utilisation": rate(prefill, "of the matmul rate", "measured", source, f"4B scoring responses, no top-K, {what}"),
+        **_topk_rates("score", score, tokens, source, "scoring responses"),
         "decode_bandwidth_share": rate(share, "of the bandwidth", "assumed", GUESS, "weights and cache as read while decoding"),
         "decode_sample_seconds": rate(sample, "s a token", "assumed", GUESS, "soft-max and sampling"),
         "decode_layer_seconds": rate(layer / student.shape.num_layers, "s a layer and step", "measured", source,
                                      f"1.7B, CUDA graphs, {what}: what weights, cache and prefill leave of a step"),
-        "decode_topk_seconds": rate((calls["generate", None, 16] - calls["generate", None, 0]) / tokens / 16, "s a token and K", "measured", source,
-                                    "with top-16, less without; taken as linear in K and the batch"),
-        "decode_layer_seconds_without_graph": rate(eager / student.shape.num_layers, "s a layer and step", "calibrated",
-                                                   "opd_step_one_h200_64x4x1024_r0p10_first.jsonl, rollout 0",
+        **_topk_rates("decode", generate, tokens, source, "sampling 64 at once"),
+        "decode_layer_seconds_without_graph": rate(eager / student.shape.num_layers, "s a layer and step", "calibrated", f"{FIRST}, rollout 0",
                                                    "what the rest of the model leaves of its 45.3 s of sampling; the only run without graphs"),
         "all_reduce_seconds": rate(12e-6, "s a message", "assumed", GUESS, "of one layer's half, while decoding over NVLink"),
         "server_reserve_bytes": rate(4 * GIB, "bytes", "assumed", GUESS, "CUDA graphs, work space and context of one server"),
-        "sync_copy_bytes": rate(student.parameters * BF16 / load("opd_step_one_h200_64x4x1024_r0p10_first.jsonl")[1]["seconds/sync"], "bytes a second",
-                                "calibrated", "opd_step_one_h200_64x4x1024_r0p10_first.jsonl, rollout 1", "1.7B over CUDA handles in 0.07 s"),
+        "sync_copy_bytes": rate(copy, "bytes a second", "measured", source, "1.7B over CUDA handles to an engine that does nothing else"),
+        "sync_fixed_seconds": rate(sync, "s", "calibrated", STEP, f"what the copy leaves of its {step['seconds']['sync']:.3f} s: pausing, flushing, resuming"),
     }  # fmt: skip
 
 
-def _eager(measured, student, layer, prefill, bandwidth, sample, calls, tokens) -> float:
-    """Seconds a step that rollout 0 of the whole step waited beyond a step with a graph: 205 responses at once, then 51."""
+def _topk_rates(name: str, seconds: dict[int, float], tokens: int, source: str, what: str) -> dict:
+    """What top-K adds to a token: a line through K = 16 and 64. K = 0 is not on it."""
+    slope = (seconds[64] - seconds[16]) / 48 / tokens
+    fixed = (seconds[16] - seconds[0]) / tokens - 16 * slope
+    return {f"{name}_topk_seconds": rate(slope, "s a token and K", "measured", source, f"{what}, between K = 16 and 64"),
+            f"{name}_topk_fixed_seconds": rate(fixed, "s a token, any K above 0", "measured", source, f"{what}: the line at K = 0, less no top-K")}  # fmt: skip
+
+
+def _eager(measured, student, layer, prefill, bandwidth, per_token) -> float:
+    """Seconds a step that rollout 0 of FIRST waited beyond a step with a graph: 205 responses at once, then 51."""
     responses, prompt, length, running = 256, 256, 1024, 205
-    per_token = sample + (calls["generate", None, 16] - calls["generate", None, 0]) / tokens
     cache = responses * length * (prompt + length / 2) * student.cache_bytes / bandwidth
-    graph = layer * student.shape.num_layers + student.decode_weight_bytes(running) / bandwidth
-    first = (student.trunk_operations(responses * prompt) + student.attention_operations(responses * prompt, prompt)) / (790e12 * prefill)
+    graph = layer + student.decode_weight_bytes(running) / bandwidth
+    first = (student.trunk_operations(responses * prompt) + student.attention_operations(responses * prompt, prompt)) / (MATMUL * prefill)
     return (measured - first - cache - responses * length * per_token - 2 * length * graph) / length
 
 
@@ -123,16 +135,14 @@ def manager_rates() -> dict:
         unit = "us of a core a response token" if name.endswith("us") else "bytes a response token"
         out[f"{name}_fixed"] = rate(max(0.0, values[k0][name] - slope * k0), unit, "measured", source, f"line through K = {k0} and {k1}, at K = 0")
         out[f"{name}_per_k"] = rate(slope, f"{unit} and K", "measured", source, f"slope between K = {k0} and {k1}")
-    step = load("opd_step_one_h200_64x4x1024_r0p10_first.jsonl")
-    second = step[1]  # rollout 0 imports and allocates
-    recorded = "opd_step_one_h200_64x4x1024_r0p10_first.jsonl"
-    select = values[k0]["select_us"] * second["rollout/valid_tokens"] * 1e-6
+    step = load(STEP)  # medians of rollouts 1 and 2: rollout 0 imports and allocates
+    tokens = step["medians"]["rollout/valid_tokens"]
     return out | {
         "bank_us": rate(rows[k0]["bank_wall"], "us a response token", "measured", source, "parquet, written by a thread of the manager"),
         "bank_bytes": rate(rows[k0]["bank_bytes"], "bytes a response token", "measured", source, "parquet, without raw top-K"),
-        "manager_factor": rate(second["seconds/select"] / select, "x this CPU's time", "calibrated", f"{recorded}, rollout 1",
+        "manager_factor": rate(step["seconds"]["select"] / (values[k0]["select_us"] * tokens * 1e-6), "x this CPU's time", "calibrated", STEP,
                                "the manager beside its client threads on the GPU host, against manager.py alone"),
-        "split_us": rate(second["seconds/split"] / second["rollout/valid_tokens"] * 1e6, "us a response token", "calibrated", f"{recorded}, rollout 1",
+        "split_us": rate(step["seconds"]["split"] / tokens * 1e6, "us a response token", "calibrated", STEP,
                          "metrics of the rollout, collecting, splitting, and Ray's put"),
     }  # fmt: skip
 

@@ -21,10 +21,9 @@ from ta_opd.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-RECORDED = RESULTS / "opd_step_one_h200_64x4x1024_r0p10_first.jsonl"
-# The recorded run: 205 responses at once, CUDA graphs up to 64, kept tokens at the begin of every response.
-AS_RECORDED = ["--student", "1.7B", "--teacher", "4B", "--gpus", "1", "--cut", "prefix", "--student-concurrency", "205", "--graph-batch", "64",
-               "--layout", "1,1,1,1", "--max-tokens-per-gpu", "16384"]  # fmt: skip
+RECORDED = RESULTS / "opd_step_one_h200_64x4x1024_r0p10.json"
+# The recorded run: 256 responses at once, CUDA graphs up to 256, kept tokens all over every response. The planner's defaults are these.
+AS_RECORDED = ["--student", "1.7B", "--teacher", "4B", "--gpus", "1", "--layout", "1,1,1,1", "--max-tokens-per-gpu", "16384"]
 
 
 def script(path: str):
@@ -53,34 +52,50 @@ def run_json(tool, capsys, words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def second_step() -> dict:
-    return json.loads(RECORDED.read_text().splitlines()[1])
+def recorded_seconds() -> dict:
+    """Medians of the recorded run by the planner's phases, and its total."""
+    seconds = json.loads(RECORDED.read_text())["seconds"]
+    return {"generate": seconds.pop("sample"), **seconds}
 
 
 def test_the_recorded_step_comes_out_within_a_fifth(tool, capsys):
-    got, recorded = run_json(tool, capsys, AS_RECORDED)["seconds"], second_step()
-    measured = {"generate": recorded["seconds/sample"], "score": recorded["seconds/score"],
-                **{p: recorded[f"seconds/{p}"] for p in ("select", "split", "train", "sync", "total")}}  # fmt: skip
-    for phase, seconds in measured.items():
-        assert got[phase] == pytest.approx(seconds, rel=0.2), phase
+    """All but sampling, which the planner takes for shorter: 64 responses at once were measured alone, and here are 256."""
+    got, recorded = run_json(tool, capsys, AS_RECORDED)["seconds"], recorded_seconds()
+    assert set(got) == set(recorded)
+    for phase, seconds in recorded.items():
+        assert got[phase] == pytest.approx(seconds, rel=0.3 if phase == "generate" else 0.2), phase
 
 
-def test_training_and_scoring_follow_from_measurements_of_their_own(rates):
-    """With every calibrated rate spoilt, these two phases are predicted all the same."""
+def test_sampling_training_and_scoring_follow_from_measurements_of_their_own(rates):
+    """With every calibrated rate spoilt, these phases are predicted all the same."""
     spoilt = {n: replace(r, value=r.value * 1000) if r.status == "calibrated" else r for n, r in rates.rates.items()}
+    seconds = {}
+    for name, given in (("as fitted", rates), ("spoilt", Rates(spoilt, rates.gpus))):
+        job = Task(load_model("1.7B"), load_model("4B"), Workload(max_tokens=16384), Machine(rates.gpu("H200"), 1), given)
+        found = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+        seconds[name] = {"generate": found.generate.wall, **{p: found.seconds[p] for p in ("score", "train")}}
+    assert seconds["spoilt"] == seconds["as fitted"]
+    assert seconds["spoilt"]["train"] == pytest.approx(recorded_seconds()["train"], rel=0.1)
+    assert seconds["spoilt"]["score"] == pytest.approx(recorded_seconds()["score"], rel=0.2)
+
+
+def test_the_earlier_step_without_graphs(rates):
+    """205 responses at once, CUDA graphs for 64 only, kept tokens at the begin of every response; its rollout 1, rates from its rollout 0."""
+    recorded = json.loads((RESULTS / "opd_step_one_h200_64x4x1024_r0p10_first.jsonl").read_text().splitlines()[1])
     work = Workload(cut="prefix", student_concurrency=205, graph_batch=64, max_tokens=16384)
-    job = Task(load_model("1.7B"), load_model("4B"), work, Machine(rates.gpu("H200"), 1), Rates(spoilt, rates.gpus))
-    seconds, recorded = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1))).seconds, second_step()
-    assert seconds["train"] == pytest.approx(recorded["seconds/train"], rel=0.1)
-    assert seconds["score"] == pytest.approx(recorded["seconds/score"], rel=0.2)
+    job = Task(load_model("1.7B"), load_model("4B"), work, Machine(rates.gpu("H200"), 1), rates)
+    got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+    for phase, key in (("generate", "sample"), ("score", "score"), ("train", "train")):
+        assert got.seconds[phase] == pytest.approx(recorded[f"seconds/{key}"], rel=0.3 if phase == "score" else 0.1), phase
 
 
-@pytest.mark.parametrize("way, all_rows", [("kept, ours", False), ("all, ours", True)])
+@pytest.mark.parametrize("way, all_rows", [("kept, ours, last layer on kept rows", False), ("all, ours", True)])
 def test_times_and_peaks_of_the_trainer_alone(rates, way, all_rows):
     """benchmarks/loss_rows.py: one sequence batch without an optimizer, packed sequences of 4,096."""
-    for row in json.loads((RESULTS / "loss_rows_megatron_h200.json").read_text())["tables"]["whole step"]:
-        if row["way"] != way:
-            continue
+    table = json.loads((RESULTS / "loss_rows_megatron_h200.json").read_text())["tables"]["whole step"]
+    rows = [r for r in table if r["way"] == way and r["gradients"] == "fp32"]
+    assert len(rows) == 2
+    for row in rows:
         job = task(rates, prompts=row["tokens"] // 4096, samples=1, prompt_len=1, response_len=4095, budget=0.1, all_rows=all_rows, max_tokens=row["tokens"])
         got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
         assert got.train.total - got.train.optimizer == pytest.approx(row["ms"] / 1e3, rel=0.1)
@@ -88,13 +103,30 @@ def test_times_and_peaks_of_the_trainer_alone(rates, way, all_rows):
         assert (found.total - found.optimizer) / memory.GIB == pytest.approx(row["peak GiB"], rel=0.15)
 
 
-def test_generation_alone_with_graphs(rates):
-    """The serving measurement: 64 x 256 + 512 tokens in 2.08 s without and 2.68 s with top-16."""
-    for call in json.loads((RESULTS / "serving_h200.json").read_text())["calls"]:
-        if call["call"] == "generate":
-            job = task(rates, prompts=64, samples=1, prompt_len=256, response_len=512, k=call["K"])
-            got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1))).generate.wall
-            assert got == pytest.approx(call["seconds"][0], rel=0.05)
+def services(part: str) -> list[dict]:
+    rows = json.loads((RESULTS / "services_h200.json").read_text())
+    found = [r for r in rows if r["part"] == part and r.get("span", "response") == "response"]
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize("part", ["generate", "score", "sync"])
+def test_services_alone(rates, part):
+    """benchmarks/services.py: 64 x 256 + 512 tokens at K = 0, 16 and 64, and weights over CUDA handles without a pause."""
+    for row in services(part):
+        job = task(rates, prompts=64, samples=1, prompt_len=256, response_len=512, k=row.get("K", 16))
+        got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+        if part == "sync":
+            assert got.seconds["sync"] - rates["sync_fixed_seconds"] == pytest.approx(row["seconds"], rel=0.25)
+        else:
+            assert {"generate": got.generate.wall, "score": got.score.total}[part] == pytest.approx(row["seconds"], rel=0.05)
+
+
+def test_the_recorded_peak_of_the_trainer(rates):
+    """Its optimizer held a copy of all weights in its step (torch's foreach AdamW), which one fused kernel does not."""
+    step = json.loads(RECORDED.read_text())
+    found = memory.trainer_memory(load_model("1.7B"), Layout(), Workload(), rates, 16_384)
+    assert (found.weights + found.gradients + found.optimizer) / memory.GIB == pytest.approx(step["medians"]["train/memory_gib"], rel=0.02)
 
 
 def test_rates_are_what_the_raw_results_give():
@@ -266,13 +298,11 @@ def test_tables_name_phases_and_the_state_of_every_rate(tool, capsys):
 
 
 def test_a_measured_step_beside_its_prediction(tool, capsys, tmp_path):
-    recorded = second_step()
-    seconds = {p: recorded[f"seconds/{p}"] for p in ("sample", "score", "select", "split", "train", "sync", "total")}
-    (tmp_path / "result.json").write_text(json.dumps({"seconds": seconds}))
-    assert tool.main([*AS_RECORDED, "--compare", str(tmp_path / "result.json")]) == 0
+    seconds = recorded_seconds()
+    assert tool.main([*AS_RECORDED, "--compare", str(RECORDED)]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert float(rows["train"][0]) == pytest.approx(seconds["train"], abs=1e-3) and set(rows) == {*seconds, "generate"} - {"sample"}
-    assert all(abs(int(row[2].strip("%+"))) <= 20 for row in rows.values())
+    assert float(rows["train"][0]) == pytest.approx(seconds["train"], abs=1e-3) and set(rows) == set(seconds)
+    assert [name for name, row in rows.items() if abs(int(row[2].strip("%+"))) > 20] == ["generate"]
     (tmp_path / "result.json").write_text("[]")
     assert tool.main([*AS_RECORDED, "--compare", str(tmp_path / "result.json")]) == 2
     assert "expected a result.json of opd_step.py" in capsys.readouterr().err

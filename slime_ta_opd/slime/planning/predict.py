@@ -103,9 +103,9 @@ def sync_seconds(task: Task, split: Split) -> float:
     """Buckets from one source: handed over on shared GPUs, broadcast from rank 0 to all engines otherwise."""
     rates, gpu = task.rates, task.machine.gpu
     size = memory.server_weights(task.student, 1)
-    gather = 0.0
+    gather = rates["sync_fixed_seconds"]
     if split.trainer.tp * split.trainer.pp > 1:
-        gather = size / (gpu.nvlink if split.trainer.tp * split.trainer.pp <= task.machine.per_node else gpu.network)
+        gather += size / (gpu.nvlink if split.trainer.tp * split.trainer.pp <= task.machine.per_node else gpu.network)
     if not split.student_on_trainer:
         link = gpu.nvlink if split.gpus <= task.machine.per_node else gpu.network
         return gather + size / min(link, rates["sync_copy_bytes"])

@@ -53,7 +53,7 @@ def generate_seconds(model: Model, servers: Servers, work: Workload, gpu: Gpu, r
     context = work.prompt_len + work.mean / 2
     per_position = model.cache_bytes / min(servers.tp, model.shape.num_kv_heads)
     cache = tokens * context * per_position / bandwidth
-    per_token = rates["decode_sample_seconds"] + rates["decode_topk_seconds"] * work.k
+    per_token = rates["decode_sample_seconds"] + topk_seconds("decode", work.k, rates)
     layers = model.shape.num_layers
     graph = layers * rates["decode_layer_seconds"]
     message = TENSOR_MESSAGES * layers * rates["all_reduce_seconds"] if servers.tp > 1 else 0.0
@@ -62,6 +62,11 @@ def generate_seconds(model: Model, servers: Servers, work: Workload, gpu: Gpu, r
     prefill = prefill_seconds(model, servers.tp, own * work.prompt_len, work.prompt_len, gpu, rates)
     busy = steps * (max(weights, compute) + graph + message) + tokens * per_token + cache + prefill
     return GenerateSeconds(busy + waiting, busy, steps, running, waves, (own - (waves - 1) * most) / own, prefill)
+
+
+def topk_seconds(part: str, k: int, rates: Rates) -> float:
+    """What top-K adds to one token that is sampled ("decode") or scored ("score")."""
+    return rates[f"{part}_topk_fixed_seconds"] + rates[f"{part}_topk_seconds"] * k if k else 0.0
 
 
 def _eager_steps(own: float, most: float, waves: int, work: Workload) -> float:
@@ -84,7 +89,7 @@ def score_seconds(model: Model, servers: Servers, work: Workload, gpu: Gpu, rate
         positions = work.prompt_len + response
         head = model.head_operations(sequences * response) / servers.tp / (gpu.matmul * rates["prefill_utilisation"])
         trunk = prefill_seconds(model, servers.tp, sequences * positions, positions, gpu, rates)
-        return trunk + head + sequences * response * rates["score_topk_seconds"] * work.k
+        return trunk + head + sequences * response * topk_seconds("score", work.k, rates)
 
     return ScoreSeconds(seconds(own, work.mean), seconds(1, work.response_len))
 
