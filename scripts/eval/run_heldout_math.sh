@@ -35,8 +35,9 @@ group "How to run"
 var DRY_RUN choice:0,1 0 "print the exact command"
 launcher_init "$@"
 use_python
-if [[ -n $GPU ]]; then export CUDA_VISIBLE_DEVICES=$GPU; fi
-command=("$PY" "$TA_OPD_ROOT/tools/evaluate_math.py" --models "$MODELS" --data "$DATA" --run-dir "$RUN_DIR" --base "$BASE"
+command=()
+if [[ -n $GPU ]]; then command=(env "CUDA_VISIBLE_DEVICES=$GPU"); fi
+command+=("$PY" "$TA_OPD_ROOT/tools/evaluate_math.py" --models "$MODELS" --data "$DATA" --run-dir "$RUN_DIR" --base "$BASE"
   --input-key "$INPUT_KEY" --label-key "$LABEL_KEY" --chat-template-kwargs "$CHAT_TEMPLATE_KWARGS" --rm-type "$RM_TYPE"
   --seeds "$EVAL_SEEDS" --n-samples "$N_SAMPLES" --temperature "$TEMPERATURE" --top-p "$TOP_P" --max-gen-toks "$MAX_GEN_TOKS"
   --batch-size "$BATCH_SIZE" --device "$DEVICE" --dtype "$DTYPE" --server-concurrency "$SERVER_CONCURRENCY")

@@ -71,6 +71,11 @@ eval_run() {
   if [[ $TRUST_REMOTE_CODE == 1 ]]; then command+=(--trust-remote-code); fi
   if [[ $ALLOW_CODE == 1 ]]; then command+=(--allow-code); fi
   if [[ $SUMMARIZE_ONLY == 1 ]]; then command+=(--summarize-only); fi
-  if [[ $DRY_RUN == 1 ]]; then command+=(--dry-run); fi
+  if [[ $DRY_RUN == 1 ]]; then
+    command+=(--dry-run)
+    for name in HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES; do # of the commands that are printed
+      if [[ -n ${!name-} ]]; then printf 'export %s=%q\n' "$name" "${!name}"; fi
+    done
+  fi
   exec "${command[@]}"
 }

@@ -341,6 +341,7 @@ launch_training() { # the command of one run, printed or become this process
   optional_flags
   device_settings
   ray_wrapper
+  if [[ -n $MEGATRON_LM_DIR$FALLBACK_SITE_PACKAGES ]]; then LAUNCH_ENV+=("PYTHONPATH=$PYTHONPATH"); fi # so that DRY_RUN shows it
   local script=train.py
   if [[ $ASYNC == 1 ]]; then script=train_async.py; fi
   if ((${#JOB_ENV[@]})); then JOB_ENV=(env "${JOB_ENV[@]}"); fi

@@ -72,6 +72,9 @@ suite_main() { # suite_main ENTRIES_VARIABLE DEFAULT_ENTRIES MEANING DEFAULT_TAG
   local other=RUN_LIST
   if [[ $entries == RUN_LIST ]]; then other=METHOD_LIST; fi
   if [[ -n ${!other-} ]]; then printf 'warning: %s has no effect: this suite reads %s\n' "$other" "$entries" >&2; fi
+  if [[ -n $OPD_TOKEN_BANK_DIR ]]; then
+    printf 'warning: OPD_TOKEN_BANK_DIR=%s has no effect: each run of a suite has a bank of its own, SAVE_DIR/token_bank\n' "$OPD_TOKEN_BANK_DIR" >&2
+  fi
   check_suite
   stop_on_errors
   use_conda

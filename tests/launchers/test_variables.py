@@ -129,6 +129,7 @@ def test_a_misspelt_opd_variable_is_noticed(launch, pair_variables):
         (RUN, {"RAY_DASHBOARD_PORT": "28166"}, "RAY_DASHBOARD_PORT=28166 has no effect: without RAY_PORT no Ray head is started"),
         (RUN, {"RAY_ADDRESS": "head:6379", "RAY_GPUS": "4,5"}, "RAY_GPUS=4,5 has no effect: RAY_ADDRESS=head:6379 is a cluster"),
         (RUN, {"CONDA_ENV": "mine"}, "CONDA_ENV=mine has no effect: conda is activated only with CONDA_SH"),
+        (SUITE, {"OPD_TOKEN_BANK_DIR": "/banks", "METHOD_LIST": "tip:0.1:10"}, "OPD_TOKEN_BANK_DIR=/banks has no effect: each run of a suite"),
         (SUITE, {"RUN_LIST": "tip:0.1:10", "METHOD_LIST": "tip:0.1:10"}, "RUN_LIST has no effect: this suite reads METHOD_LIST"),
     ],
 )
@@ -136,6 +137,20 @@ def test_a_variable_without_effect_is_noticed(script, variables, expected, launc
     done = launch(script, DRY_RUN="1", **pair_variables("4b_to_1p7b"), **variables)
     assert done.code == 0
     assert [line for line in done.err.splitlines() if expected in line] and done.err.count("warning:") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "shown"),
+    [
+        ("scripts/eval/run_downstream_gsm8k_full.sh", {"GPU": "5", "OFFLINE": "1"}, ["export CUDA_VISIBLE_DEVICES=5", "export HF_HUB_OFFLINE=1"]),
+        ("scripts/eval/run_heldout_math.sh", {"GPU": "5"}, ["env CUDA_VISIBLE_DEVICES=5 PYTHON"]),
+        (RUN, {"FALLBACK_SITE_PACKAGES": "/usr"}, ["PYTHONPATH=ROOT:ROOT/slime_ta_opd:/usr"]),
+    ],
+)
+def test_a_dry_run_shows_the_environment_of_its_commands(script, variables, shown, launch, pair_variables, place):
+    models = {"MODELS": f"base={place}/models/Qwen3-1.7B", "DATA": str(place / "train.jsonl")}
+    done = launch(script, DRY_RUN="1", check=True, **pair_variables("4b_to_1p7b"), **models, **variables)
+    assert all(text in done.out for text in shown), done.out
 
 
 def test_whoever_sets_nothing_of_that_is_not_warned(launch, pair_variables):
