@@ -15,7 +15,6 @@ if mode == "die":
     sys.exit(3)
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-subprocess.Popen([sys.executable, "-c", "import subprocess,sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"])
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -28,6 +27,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-if mode == "silent":
+server = None if mode == "silent" else http.server.HTTPServer(("127.0.0.1", port), Handler)
+subprocess.Popen([sys.executable, "-c", "import subprocess,sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"])
+if server is None:
     time.sleep(600)
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+server.serve_forever()
