@@ -23,8 +23,10 @@ from ta_opd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
-RATES = ROOT / "benchmarks" / "results" / "rates.json"
-RECORDED = ROOT / "benchmarks" / "results" / "opd_step_one_h200_64x4x1024_r0p10.json"
+RESULTS = ROOT / "benchmarks" / "results"
+RATES = RESULTS / "rates.json"
+RECORDED = RESULTS / "opd_step_one_h200_64x4x1024_r0p10.json"
+SPREAD_MEAN = 398.8  # of own_length() of benchmarks/services.py over 64 responses
 # title, student, teacher, workload, GPUs
 SCENES = (
     ("One node, short answers", "1.7B", "4B", {"prompts": 64, "samples": 4, "response_len": 1024, "response_mean": 700}, (1, 2, 4, 8)),
@@ -97,7 +99,30 @@ def measured_table(rates) -> list[str]:
               "responses at once, and a step with 256 costs more than that line gives: about 1.4 s were full garbage collections of the servers (mended since, not",
               "measured again), the rest probably the scheduler's Python, which the GPU's work covers with 64 responses, and a cache that is read at less than the",
               "assumed bandwidth. No rate has been set to make up for it, so sampling with more than 64 responses in an engine is too short in the tables below too."]  # fmt: skip
-    return lines
+    return lines + others(rates)
+
+
+def others(rates) -> list[str]:
+    """Measurements of sampling and scoring to which no rate is fitted, beside their predictions."""
+    rows = json.loads((RESULTS / "services_h200.json").read_text())
+    rollouts = [r for r in rows if r["part"] == "overlap" and "generation_alone" in r]
+    short = json.loads((RESULTS / "opd_step_one_h200_4x2x64_r0p10_cudnn.json").read_text())["seconds"]
+
+    def got(**work) -> Prediction:
+        return predict(Task(load_model("1.7B"), load_model("4B"), Workload(**work), Machine(rates.gpu("H200"), 1), rates), split_one())
+
+    spread = got(prompts=64, samples=1, response_len=512, response_mean=SPREAD_MEAN)
+    little = got(prompts=4, samples=2, response_len=64)
+    found = [
+        ("64 responses of 256 to 512 tokens: sampling alone", rollouts[0]["generation_alone"], spread.generate.wall),
+        *((f"the same, scored as they end, {turn} time", r["seconds"], spread.seconds["generate"] + spread.seconds["score"])
+          for turn, r in zip(("first", "second"), rollouts, strict=True)),
+        *((f"8 responses of 64 tokens: {phase}", short[key], little.seconds[phase]) for phase, key in (("generate", "sample"), ("score", "score"), ("sync", "sync"))),
+    ]  # fmt: skip
+    return ["", "Measurements on the same kind of GPU to which no rate is fitted (`services_h200.json`, `opd_step_one_h200_4x2x64_r0p10_cudnn.json`):", "",
+            "| what | measured s | predicted s | difference |", "|---|---|---|---|",
+            *(f"| {what} | {real:.3g} | {guess:.3g} | {guess / real - 1:+.0%} |" for what, real, guess in found),
+            "", "What a step of 8 x 64 tokens does in the manager (3 ms each of `select` and `split`) is not predicted: it does not grow with tokens."]  # fmt: skip
 
 
 def scene(rates, title: str, student: str, teacher: str, work: dict, sizes) -> tuple[list[str], list[tuple[Task, Prediction]]]:

@@ -122,6 +122,28 @@ def test_services_alone(rates, part):
             assert {"generate": got.generate.wall, "score": got.score.total}[part] == pytest.approx(row["seconds"], rel=0.05)
 
 
+def test_a_rollout_whose_scoring_overlaps(rates):
+    """services.py's overlap, to which no rate is fitted: 64 responses of 256 to 512 tokens at K = 16, both servers on one GPU."""
+    from benchmarks.services import own_length
+
+    rows = [r for r in json.loads((RESULTS / "services_h200.json").read_text()) if r["part"] == "overlap" and "generation_alone" in r]
+    mean = sum(own_length(i, 512) for i in range(64)) / 64
+    job = task(rates, prompts=64, samples=1, prompt_len=256, response_len=512, response_mean=mean)
+    got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+    assert len(rows) == 2
+    for row in rows:
+        assert got.generate.wall == pytest.approx(row["generation_alone"], rel=0.1)
+        assert got.seconds["generate"] + got.seconds["score"] == pytest.approx(row["seconds"], rel=0.1)
+
+
+def test_a_short_step(rates):
+    """8 responses of 64 tokens: steps of few milliseconds more than of tokens. Its training ran before the last layer's attention was mended."""
+    recorded = json.loads((RESULTS / "opd_step_one_h200_4x2x64_r0p10_cudnn.json").read_text())["seconds"]
+    got = predict(task(rates, prompts=4, samples=2, response_len=64, max_tokens=16384), Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+    for phase, key in (("generate", "sample"), ("score", "score"), ("sync", "sync")):
+        assert got.seconds[phase] == pytest.approx(recorded[key], rel=0.2), phase
+
+
 def test_the_recorded_peak_of_the_trainer(rates):
     """Its optimizer held a copy of all weights in its step (torch's foreach AdamW), which one fused kernel does not."""
     step = json.loads(RECORDED.read_text())
