@@ -49,6 +49,8 @@ PARTS = ("generate", "score", "exact", "overlap", "router", "sync")
 
 def main() -> None:
     o = options()
+    if memory.one_arena():  # as the rollout manager's process is started
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **memory.one_arena()})
     with tempfile.TemporaryDirectory(prefix="services-") as folder:
         bench = Bench(o, Path(folder))
         try:

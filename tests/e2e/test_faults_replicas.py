@@ -96,7 +96,8 @@ def test_the_owner_of_a_server_dies_while_the_run_starts(task, servers, tmp_path
     try:
         run.wait(lambda: run.named("sglang::scheduler"), "an engine that starts")
         supervisor = supervisor_of(run, "student_0")
-        run.look()
+        (manager,) = run.named("ray::RolloutManager")
+        assert manager.environ()["MALLOC_ARENA_MAX"] == "1" and "MALLOC_ARENA_MAX" not in supervisor.environ()
         supervisor.parent().kill()
         output = run.ends(2)
     finally:

@@ -36,3 +36,17 @@ def test_arrow_has_its_pool_again_also_after_an_error():
             assert pa.default_memory_pool().backend_name == "system"
             raise RuntimeError("inside")
     assert pa.default_memory_pool().backend_name == before
+
+
+def test_one_arena_is_for_the_process_that_keeps_rollouts_and_not_for_its_servers(monkeypatch):
+    from slime.backends.sglang_utils.server import SGLangServer
+
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    environment = memory.one_arena()
+    assert environment["MALLOC_ARENA_MAX"] == "1"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert not set(environment) & set(SGLangServer("model", device="cpu")._environment("/tmp"))
+    monkeypatch.delenv("SLIME_ONE_ARENA")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")  # the user's own choice, for everything
+    assert memory.one_arena() == {} and SGLangServer("model", device="cpu")._environment("/tmp")["MALLOC_ARENA_MAX"] == "4"

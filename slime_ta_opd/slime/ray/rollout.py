@@ -21,7 +21,7 @@ from slime.observability.timer import Timer
 from slime.ray.calls import get
 from slime.ray.cluster import enter_directory
 from slime.ray.placement import Placement
-from slime.utils import fields
+from slime.utils import fields, memory
 from slime.utils.dp_schedule import split_for_data_parallel
 from slime.utils.types import Sample
 from ta_opd.errors import ServiceError
@@ -52,7 +52,7 @@ class RolloutGroup:
 
     def __init__(self, args, placement: Placement):
         self.args = args
-        self.actor = RolloutManager.options(**placement.options(0, gpus=[])).remote(args, placement)
+        self.actor = RolloutManager.options(**placement.options(0, env=memory.one_arena(), gpus=[])).remote(args, placement)
         # beside the trainer's start, but not on its GPUs: there it has to take its memory first
         self._ready = None if args.colocate and args.device == "cuda" else self.actor.start.remote()
         self.resync: Callable[[], None] = lambda: None  # sends the current weights; set by the run once there is a trainer

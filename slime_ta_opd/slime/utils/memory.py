@@ -4,7 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
+
+_ARENAS, _OURS = "MALLOC_ARENA_MAX", "SLIME_ONE_ARENA"
+
+
+def one_arena() -> dict[str, str]:
+    """Environment for a process that keeps the arrays of a rollout: one heap of glibc for all its threads.
+
+    With a heap for each, those that parse leave gaps in all of them: 314 bytes resident a kept token where 285 are in use, against 296
+    with one. {} where the user has set MALLOC_ARENA_MAX. Such a process's children inherit it: `own_arenas`.
+    """
+    return {} if _ARENAS in os.environ else {_ARENAS: "1", _OURS: "1"}
+
+
+def own_arenas(env: dict[str, str]) -> None:
+    """Takes out of `env` what `one_arena` has put there: a server computes in many threads."""
+    if env.pop(_OURS, None):
+        env.pop(_ARENAS, None)
 
 
 @contextlib.contextmanager

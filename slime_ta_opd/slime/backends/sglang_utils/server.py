@@ -24,6 +24,7 @@ import slime
 from slime.backends.sglang_utils import cpu_support
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
 from slime.backends.sglang_utils.server_flags import server_arguments
+from slime.utils import memory
 from ta_opd.errors import ConfigError, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -315,6 +316,7 @@ class SGLangServer:
 
     def _environment(self, scratch: str) -> dict[str, str]:
         env = dict(os.environ)
+        memory.own_arenas(env)
         env.update(self.device_env)
         env["TMPDIR"] = scratch
         env["PYTHONUNBUFFERED"] = "1"
