@@ -9,6 +9,8 @@ import time
 import psutil
 import pytest
 
+from slime.utils import reaper
+
 DRIVER = """
 import subprocess, sys, time
 sys.path[:0] = {path!r}
@@ -55,3 +57,17 @@ def test_orphans_of_a_run_end_with_it_and_what_was_there_before_stays(end):
         for process in everything:
             if alive(process):
                 process.kill()
+
+
+def test_files_of_servers_whose_owners_are_gone_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    space, shared = os.stat("/proc/self/ns/pid").st_ino, tmp_path / "sglang_shared"
+    shared.write_text("")
+    mine, lives, stranger = (tmp_path / f"sgl-{pid}-{space}-x" for pid in (ended.pid, os.getpid(), ended.pid + 1))
+    for folder in (mine, lives, stranger):
+        folder.mkdir()
+        (folder / "socket").write_text("")
+    (mine / "shared_memory").write_text(f"{shared}\n")
+    reaper.sweep({ended.pid, os.getpid()}, str(tmp_path))
+    assert not mine.exists() and not shared.exists() and lives.exists() and stranger.exists()

@@ -3,12 +3,15 @@
 Servers end with their supervisors and Ray's processes with the driver, but Ray's helpers may outlive a driver that was killed
 by minutes, and a run stopped while Ray starts leaves them behind. This process notes the driver's descendants once a second.
 When its standard input closes (the run ended, or the driver died in whatever way) it gives them SECONDS to go by themselves
-(half a second after an orderly end, which says so), then kills those that are left, each known by process id and start time. NOT_MINE: children that the driver had before.
+(half a second after an orderly end, which says so), then kills those that are left, each known by process id and start time, and
+removes the files of servers that were killed in this way. NOT_MINE: children that the driver had before.
 Standard library only, and no import of the project.
 """
 
+import glob
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +47,26 @@ def below(roots: set[int], table: dict[int, tuple[int, str, str]], leave: set[in
                 found.add(pid)
                 todo.append(pid)
     return found
+
+
+def sweep(pids: set[int], root: str = "/tmp") -> None:
+    """Removes the files of servers that processes `pids` started (see sglang_utils/server.py), where these are gone and nobody else did:
+    what a server has in shared memory, by its supervisor's list, and the folder with its sockets."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    for pid in pids:
+        if os.path.exists(f"/proc/{pid}"):
+            continue
+        for folder in glob.glob(os.path.join(root, f"sgl-{pid}-{space}-*")):
+            try:
+                with open(os.path.join(folder, "shared_memory")) as file:
+                    for name in file.read().split():
+                        os.unlink(name)
+            except OSError:
+                pass
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Reaper:
@@ -93,6 +116,7 @@ def main(argv: list[str]) -> int:
     for _ in range(50):
         rest = left()
         if not rest:
+            sweep(set(seen))
             return 0
         for pid in rest:
             try:
