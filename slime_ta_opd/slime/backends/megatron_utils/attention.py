@@ -138,14 +138,14 @@ def row_attention(q_Rhd: Tensor, k_Sgd: Tensor, v_Sgd: Tensor, rows: RowQueries,
     q_Rhd = q_Rhd.index_select(0, rows.order)
     repeat = q_Rhd.size(1) // k_Sgd.size(1)
     outs = []
-    for first, end, key, key_end in rows.segments:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_Rhd[first:end], k_Sgd[key:key_end], v_Sgd[key:key_end]))
-        if q.is_cuda and repeat > 1:  # the kernels that take a mask want as many key heads as query heads
-            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        mask = torch.arange(key_end - key, device=q.device) < rows.keys_seen[first:end, None]
-        with sdpa_kernel(_MASKED_KERNELS):
+    with sdpa_kernel(_MASKED_KERNELS):
+        for first, end, key, key_end in rows.segments:
+            q, k, v = (x.transpose(0, 1)[None] for x in (q_Rhd[first:end], k_Sgd[key:key_end], v_Sgd[key:key_end]))
+            if q.is_cuda and repeat > 1:  # the kernels that take a mask want as many key heads as query heads
+                k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+            mask = torch.arange(key_end - key, device=q.device) < rows.keys_seen[first:end, None]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
-        outs.append(out[0].transpose(0, 1))
+            outs.append(out[0].transpose(0, 1))
     return torch.cat(outs).index_select(0, torch.argsort(rows.order))
 
 
