@@ -301,3 +301,41 @@ def exact(rank, ranks, port, model, data, **changes) -> dict:
     own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
     found = trainer.exact_metrics(own)
     return {i: {name: values[n] for name, values in found.items()} for n, i in enumerate(own["sample_indices"])}
+
+
+def recompute_gradients(rank, ranks, port, model, data, **changes) -> dict:
+    """Gradients of one step, this rank's: recomputed in full, without what is not read, and not recomputed; counted products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from slime.backends.megatron_utils import cpu_runtime, packing
+    from slime.backends.megatron_utils.model import unwrap
+
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    own = trainer.prepare(mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size))
+    step, block = own["steps"][0], unwrap(trainer.model).decoder
+    grads, operations = {}, {}
+    for name, leave_out, granularity in (("all", False, "full"), ("left out", True, "full"), ("kept", True, None)):
+        block.leave_out, block.config.recompute_granularity = leave_out, granularity
+        trainer.model.zero_grad_buffer()
+        with cpu_runtime.cpu_runtime(), FlopCounterMode(display=False) as counter:
+            trainer.stepper.gradients(own, step)
+        grads[name] = [p.main_grad.clone() for p in trainer.model.parameters()]
+        operations[name] = counter.get_total_flops()
+    per_block = changes["recompute_num_layers"] if changes["recompute_method"] == "uniform" else 1
+    covered = len(block.layers) if changes["recompute_method"] == "uniform" else changes["recompute_num_layers"]
+    ends = [layer for i, layer in enumerate(block.layers, 1) if i % per_block == 0 and i <= covered and layer.can_leave_out]
+    rows = trainer.settings.opd_loss_rows
+    batches = trainer.stepper.pack(own, step["indices"], lambda d, i: packing.choose_rows(d, i, rows, False))
+    products = 0
+    for batch in batches:
+        for layer in ends:
+            selected = layer.is_last and batch.layout.select_rows
+            size = batch.layout.last_layer_rows.numel() if selected else batch.tokens.numel()
+            products += 2 * size * layer.mlp.linear_fc2.weight.numel()
+    return {
+        "equal": {name: all(torch.equal(a, b) for a, b in zip(grads["all"], g, strict=True)) for name, g in grads.items()},
+        "size": sum(float(g.abs().sum()) for g in grads["all"]),
+        "saved": operations["all"] - operations["left out"],
+        "products": products,
+        "row_queries": sum(b.layout.row_queries is not None for b in batches),
+    }

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slime.backends.megatron_utils.attention import PackedLayout
+from slime.backends.megatron_utils.recompute import unused_sum
 from slime.backends.megatron_utils.rows import gather_rows
 
 
@@ -44,15 +45,25 @@ class RowSelectingLayer(TransformerLayer):
         if self.is_last and self.can_select_queries:
             self.self_attention.linear_qkv.__class__ = SplitProjection
 
-    def forward(self, *args, **kwargs):
+    @property
+    def can_leave_out(self) -> bool:
+        """Whether the MLP's last product can be left out where the layer's output is not read. Experts are computed whole."""
+        return type(self.mlp) is GatedMLP and not self.config.fp8 and not self.config.hidden_dropout
+
+    def forward(self, *args, output_unused: bool = False, **kwargs):
+        """As megatron-core's layer. `output_unused`: only gradients of the output are wanted, its values are never read."""
         layout = kwargs.get("packed_seq_params")
         if not self.is_last or not layout.select_rows or layout.last_layer_rows is None:
-            return super().forward(*args, **kwargs)
-        if layout.row_queries is not None and self.can_select_queries:
+            hidden, _ = self._forward_attention(*args, **kwargs)
+        elif layout.row_queries is not None and self.can_select_queries:
             hidden = self._attend_rows(kwargs["hidden_states"], kwargs["rotary_pos_emb"], layout)
         else:
             hidden, _ = self._forward_attention(*args, **kwargs)
             hidden = self._rows(hidden, layout.last_layer_rows)
+        if output_unused and self.can_leave_out:
+            inner = self.mlp.inner(self._forward_pre_mlp_layernorm(hidden))
+            group = self.tp_group if self.config.sequence_parallel else None
+            return unused_sum(hidden, inner, self.mlp.linear_fc2.weight, group), None
         return self._forward_mlp(hidden), None
 
     def _rows(self, hidden: Tensor, rows_R: Tensor) -> Tensor:
@@ -112,8 +123,11 @@ class GatedMLP(MLP):
     """megatron-core's MLP with `swiglu`; the same parameters and results."""
 
     def forward(self, hidden: Tensor, per_token_scale: Tensor | None = None, **unused):
-        both, _ = self.linear_fc1(hidden)
-        return self.linear_fc2(swiglu(both))
+        return self.linear_fc2(self.inner(hidden))
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        """Input of the last product, [T, 1, F]; hidden: [T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""
+        return swiglu(self.linear_fc1(hidden)[0])
 
 
 def swiglu(both: Tensor) -> Tensor:

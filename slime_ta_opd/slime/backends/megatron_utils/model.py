@@ -28,6 +28,7 @@ from torch import Tensor
 from slime.backends.megatron_utils.attention import PackedLayout
 from slime.backends.megatron_utils.hf_config import ModelShape, rope_inv_freq
 from slime.backends.megatron_utils.layer_spec import block_spec
+from slime.backends.megatron_utils.recompute import RecomputingBlock
 from slime.backends.megatron_utils.settings import Settings
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -48,6 +49,7 @@ class PackedGPTModel(GPTModel):
         super().__init__(**kwargs)
         self.shape = shape
         self.inv_freq = rope_inv_freq(shape)
+        self.decoder.__class__ = RecomputingBlock  # same parameters, other recomputation
         if self.post_process:
             self.output_layer.__class__ = LossHead  # same parameters, other forward
 
