@@ -31,6 +31,7 @@ if __package__ in (None, ""):
 
 from benchmarks.selection import RESPONSE, as_lists, best_of, machine, synthetic_batch  # noqa: E402
 from slime.backends.sglang_utils import wire  # noqa: E402
+from slime.backends.sglang_utils.topk_rows import FIELD, pack_rows  # noqa: E402
 from slime.rollout import tip_compat  # noqa: E402
 from slime.utils import fields  # noqa: E402
 from slime.utils.dp_schedule import split_for_data_parallel  # noqa: E402
@@ -42,11 +43,12 @@ RANKS = 8
 
 
 def generate_reply(batch: dict, rows: slice) -> bytes:
-    """What the student's server answers: lists in JSON."""
-    entries = as_lists(batch["student"][rows])
+    """What the student's server answers: sampled log-probs in JSON, the top-K as one row of text a token."""
+    side = batch["student"][rows]
+    entries = as_lists(TopK(side.ids[:, :1], side.logprobs[:, :1]))
     ids = [row[0][1] for row in entries]
     meta = {"finish_reason": {"type": "length"}, "weight_version": "1", "output_token_logprobs": [row[0] for row in entries],
-            "output_top_logprobs": entries}  # fmt: skip
+            "output_top_logprobs": [None] * side.T, FIELD: pack_rows(side.ids, side.logprobs)}  # fmt: skip
     return orjson.dumps({"text": "", "output_ids": ids, "meta_info": meta})
 
 

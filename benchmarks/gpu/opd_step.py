@@ -7,7 +7,7 @@
 Topologies: `one` (everything on one GPU), `apart` (trainer on one GPU, student engine and teacher on the other), `tp2` (trainer TP2
 on two GPUs, both servers on each), `four` (TP2 x DP2 on four GPUs, both servers on each; take --student qwen3-4B --teacher qwen3-14B).
 `--stock` runs the same step with the stock choices, by flags alone: profile released, loss on all rows, scoring after generation and of the
-whole sequence, the mask by a Python loop (stock_selector.py, which also checks that the kept tokens are the same).
+whole sequence, top-K as lists, the mask by a Python loop (stock_selector.py, which also checks that the kept tokens are the same).
 
 Writes to OUT: result.json (medians, the table, memory by step, model FLOPs utilisation, the commands), trace.json (chrome://tracing),
 timeline.png, and what train.py writes.
@@ -48,7 +48,7 @@ GPUS = {"one": 1, "apart": 2, "tp2": 2, "four": 4}
 # Shares of the memory that is free when a server starts, student before teacher (apart: the teacher first); what is left is the trainer's.
 MEMORY = {"one": (0.40, 0.40), "apart": (0.70, 0.45), "tp2": (0.40, 0.40), "four": (0.40, 0.65)}
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-STOCK = ["--opd-profile", "released", "--opd-loss-rows", "all", "--score-after-generation", "--score-whole-sequence"]
+STOCK = ["--opd-profile", "released", "--opd-loss-rows", "all", "--score-after-generation", "--score-whole-sequence", "--topk-as-lists"]
 TINY = {"case": "4x2x32", "student": "tiny", "teacher": "tiny-teacher", "max_tokens": 2048, "k": 8}
 TINY_VOCABULARY, TINY_PROMPT = 512, 16
 

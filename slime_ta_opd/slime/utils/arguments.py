@@ -181,6 +181,7 @@ def _teacher(parser):
     g.add_argument("--request-retries", type=int, default=5, help="times a failed request is sent again")
     g.add_argument("--score-after-generation", action="store_true", help="score when all responses are done (to compare)")
     g.add_argument("--score-whole-sequence", action="store_true", help="score prompt and response, as the stock client does (to compare)")
+    g.add_argument("--topk-as-lists", action="store_true", help="servers handle top-K as a stock SGLang does (to compare)")
     g.add_argument("--skip-probe", action="store_true", help="do not check student against teacher at start")
     g.add_argument("--allow-tokenizer-mismatch", action="store_true", help="go on although the tokenizers differ")
 

@@ -2,7 +2,7 @@
 
 Every process that the server spawns imports this file first, and from then on ends with the one that spawned it: SGLang
 asks the kernel for that too, but only after seconds of imports, and a parent killed in that time left them behind.
-Full garbage collections are rare in all of them.
+Full garbage collections are rare in all of them, and top-K lists stay arrays (server_topk.py).
 """
 
 import gc
@@ -14,6 +14,7 @@ import time
 
 from slime.backends.sglang_utils.rendezvous import listen_where_told
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
+from slime.backends.sglang_utils.server_topk import install as install_topk
 
 _PARENT_VARIABLE = "SLIME_SERVER_PARENT"  # process id that children of this process find there
 _LOOK_SECONDS = 0.5
@@ -37,6 +38,7 @@ if __name__ == "__mp_main__":  # spawned by the server; the supervisor sees to t
     end_with(int(os.environ[_PARENT_VARIABLE]))
 if __name__ in ("__main__", "__mp_main__"):
     gc.set_threshold(*_COLLECT)
+    install_topk()
     listen_where_told()
     os.environ[_PARENT_VARIABLE] = str(os.getpid())
 

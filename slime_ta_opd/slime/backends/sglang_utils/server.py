@@ -24,6 +24,7 @@ import slime
 from slime.backends.sglang_utils import cpu_support
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, Secret
 from slime.backends.sglang_utils.server_flags import server_arguments
+from slime.backends.sglang_utils.server_topk import AS_LISTS_VARIABLE
 from slime.utils import memory
 from ta_opd.errors import ConfigError, ServiceError
 
@@ -145,6 +146,8 @@ class SGLangServer:
     ) -> SGLangServer:
         """A server of a run, set up from its flags; made on the node where it is to run."""
         host = getattr(args, "sglang_host", None) or "127.0.0.1"
+        if getattr(args, "topk_as_lists", False):
+            device_env = {**(device_env or {}), AS_LISTS_VARIABLE: "1"}
         return cls(
             model_path,
             role,

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slime.backends.sglang_utils import topk_rows
 from ta_opd.errors import DataError
 from ta_opd.reply import collector_paused, loads, read_reply
 from ta_opd.slime_patch import teacher
 from ta_opd.topk import TopK, gathered_logprobs, sampled_logprobs
+
+# SGLang's fields for top-K as arrays: of scored prompts on any server, of sampled tokens on ours (server_topk.py).
+_PACKED = {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
+_PACKED_KEY = f'"{topk_rows.FIELD}":["'.encode()
 
 
 @dataclass
@@ -52,7 +57,7 @@ class ScoreReply:
 def generate_payload(input_ids: Sequence[int], sampling_params: dict, top_k: int = 0, log_probs: bool = True) -> dict:
     payload = {"input_ids": list(input_ids), "sampling_params": sampling_params, "return_logprob": log_probs}
     if top_k > 0:
-        payload |= {"top_logprobs_num": top_k, "return_text_in_logprobs": False}
+        payload |= {"top_logprobs_num": top_k, "return_text_in_logprobs": False, **_PACKED}
     return payload
 
 
@@ -75,7 +80,7 @@ def score_payload(
         token_ids = None
     payload = teacher.score_payload(input_ids, response_length, top_k, token_ids=token_ids, whole=whole)
     if top_k > 0:
-        payload |= {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
+        payload |= _PACKED
     return payload
 
 
@@ -108,8 +113,11 @@ def _finish(meta: dict) -> str:
 
 
 def parse_generate(raw: bytes, top_k: int = 0, log_probs: bool = True) -> GenerateReply:
-    """DataError where ids, log-probs and top-k do not have one length."""
-    if top_k > 0:
+    """DataError where ids, log-probs and top-k do not have one length. The top-K comes packed from our servers, as lists from others."""
+    if top_k > 0 and _PACKED_KEY in raw:
+        reply = loads(raw)
+        topk = topk_rows.unpack_rows(_meta(reply)[topk_rows.FIELD], top_k)
+    elif top_k > 0:
         try:
             reply, topk = read_reply(raw, "student", top_k, _count_ids(raw))
         except (KeyError, TypeError) as error:
