@@ -47,10 +47,13 @@ def rate(value: float, unit: str, status: str, source: str, how: str) -> dict:
 
 def training_rates() -> dict:
     source, model, budget = "loss_rows_megatron_h200.json", load_model("1.7B"), 0.1
-    rows = {r["tokens"]: r for r in load(source)["tables"]["whole step"] if r["gradients"] == "fp32" and r["way"] == DEFAULT_WAY}
+    found = load(source)
+    rows = {r["tokens"]: r for r in found["tables"]["whole step"] if r["gradients"] == "fp32" and r["way"] == DEFAULT_WAY}
     (small, large) = sorted(rows)
     span, seconds = large - small, (rows[large]["ms"] - rows[small]["ms"]) / 1e3
     done = model.trunk_operations(span) * 4 + model.attention_operations(span, 4096) * 4.5 + 3 * model.head_operations(budget * span)
+    if not found.get("layer_outputs_recomputed", True):
+        done -= model.unread_operations(span)
     fixed = rows[small]["ms"] / 1e3 - small * seconds / span
     a_token = (rows[large]["peak GiB"] - rows[small]["peak GiB"]) * GIB / span
     kept = model.shape.num_layers * model.shape.hidden_size * BF16

@@ -65,7 +65,8 @@ MECHANICS = """
   token, and more for each of the K. With all responses equally long the step count is waves x length; with spread lengths a tail of the longest remains.
 - **Score**: prefill operations at the measured share of the matrix rate, and the same two times for the top-K. What ends early is scored
   while others are still sampled; on shared GPUs that time is added to generation unless it falls into its pauses.
-- **Train**: operations (6 N a token, attention, kept rows through the vocabulary matrix, recompute) at the measured share of the matrix rate,
+- **Train**: operations (6 N a token, attention, kept rows through the vocabulary matrix, recompute up to each MLP's last product) at the measured share of the
+  matrix rate,
   a fixed time a micro-batch, then messages of TP, CP and EP, the pipeline's bubble, gradients and the optimizer.
 - **The manager** (select, split, parse, bank): times a token of one core from `benchmarks/manager.py`, times what the GPU host's manager
   took longer than that machine's (`manager_factor`: another core, and client threads beside it).

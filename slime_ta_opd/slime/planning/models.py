@@ -92,6 +92,11 @@ class Model:
     def trunk_operations(self, tokens: float) -> float:
         return 2.0 * self.trunk_active * tokens
 
+    def unread_operations(self, tokens: float) -> float:
+        """The part of the trunk that full recompute of layer by layer leaves out: a dense MLP's last product (recompute.py)."""
+        s = self.shape
+        return 0.0 if s.is_moe else 2.0 * s.num_layers * s.hidden_size * s.ffn_hidden_size * tokens
+
     def attention_operations(self, tokens: float, positions: float) -> float:
         """Causal attention of `tokens` tokens in sequences of `positions` tokens."""
         return 4.0 * self.shape.num_layers * self.q_width * tokens * positions / 2

@@ -11,7 +11,7 @@ from slime.planning.rates import Gpu, Rates
 from slime.planning.workload import Workload
 
 FORWARD_AND_BACKWARD, ATTENTION_BACKWARD = 3, 3.5  # in units of the forward pass; attention's backward is 2.5 of it
-PASSES = 3  # forward, recompute, backward: each sends what the forward pass sends
+PASSES = 3  # forward, recompute, backward: each sends what the forward pass sends, but recompute what nobody reads (recompute.py)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ def operations_of(model: Model, tokens: float, positions: float, rows: float, re
 
     (all that is computed, the useful part: 6 N a token, N without the vocabulary matrices, plus attention and rows; no recompute)
     """
-    again = 1 if recompute else 0
     trunk, attention = model.trunk_operations(tokens), model.attention_operations(tokens, positions)
-    head = FORWARD_AND_BACKWARD * model.head_operations(rows)
-    done = trunk * (FORWARD_AND_BACKWARD + again) + attention * (ATTENTION_BACKWARD + again) + head
-    return done, trunk * FORWARD_AND_BACKWARD + attention * ATTENTION_BACKWARD + head
+    useful = trunk * FORWARD_AND_BACKWARD + attention * ATTENTION_BACKWARD + FORWARD_AND_BACKWARD * model.head_operations(rows)
+    return useful + (trunk - model.unread_operations(tokens) + attention if recompute else 0.0), useful
 
 
 def operations(model: Model, work: Workload) -> tuple[float, float]:
@@ -65,7 +63,8 @@ def train_seconds(model: Model, layout: Layout, work: Workload, gpu: Gpu, rates:
     layers = model.shape.num_layers
     wide = gpu.nvlink if layout.tp * layout.cp <= per_node else gpu.network
     width = model.shape.hidden_size * BF16
-    tensor = PASSES * 4 * layers * share * width * (layout.tp - 1) / layout.tp / gpu.nvlink
+    messages = PASSES * 4 - (0 if model.shape.is_moe else 1)
+    tensor = messages * layers * share * width * (layout.tp - 1) / layout.tp / gpu.nvlink
     context = PASSES * layers * share * 2 * model.kv_width * BF16 / layout.tp * (layout.cp - 1) / wide
     experts = 0.0
     if layout.ep > 1:
