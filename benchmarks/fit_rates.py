@@ -19,16 +19,28 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[:0] = [str(ROOT), str(ROOT / "slime_ta_opd")]
 
+from benchmarks import fit_serving  # noqa: E402
+from slime.planning import serving  # noqa: E402
 from slime.planning.memory import GIB, working_width  # noqa: E402
 from slime.planning.models import BF16, load_model  # noqa: E402
+from slime.planning.rates import Gpu, Rate, Rates  # noqa: E402
+from ta_opd.errors import DataError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 GUESS = "assumption"
 STEP = "opd_step_one_h200_64x4x1024_r0p10.json"  # the whole step that predictions are compared with
 FIRST = "opd_step_one_h200_64x4x1024_r0p10_first.jsonl"  # an earlier one: 205 responses at once, CUDA graphs for 64 only
-SERVICES = {"prompts": 64, "prompt": 256, "response": 512}  # what services.py samples and scores on a GPU
+SERVICES = "services_h200.json"  # services.py --device cuda --parts generate score overlap sync --json
+PARTS = ("generate", "score", "overlap", "sync")
 DEFAULT_WAY = "kept, ours, last layer on kept rows"
-MATMUL = 784.7e12  # STEP's machine
+MATMUL = float(f"{json.loads((RESULTS / STEP).read_text())['machine']['matmul_operations_per_second']:.4g}")
+UNITS = {
+    "prefill_utilisation": "of the matmul rate", "score_call_seconds": "s a rollout", "score_token_seconds": "s a token",
+    "score_topk_fixed_seconds": "s a token, any K above 0", "score_topk_seconds": "s a token and K", "decode_host_seconds": "s a step", "decode_host_request_seconds": "s a running request and step",
+    "decode_topk_fixed_seconds": "s a token, any K above 0", "decode_topk_seconds": "s a token and K", "decode_layer_seconds": "s a layer and step",
+    "decode_sample_seconds": "s a token", "decode_topk_gpu_seconds": "s a token, any K above 0", "decode_cache_share": "of the bandwidth",
+    "reply_seconds": "s a token", "reply_topk_seconds": "s a token and K",
+}  # fmt: skip
 GPUS = {  # matmul, memory, bandwidth, nvlink, network
     "H200": (MATMUL, 143_771 * 2**20, 4.8e12, 360e9, 40e9, f"matmul measured ({STEP}); memory as the driver says; the rest data sheet x 0.8"),
     "H100": (MATMUL, 81_559 * 2**20, 3.35e12, 360e9, 40e9, "matmul taken as the H200's (same chip); the rest data sheet, links x 0.8"),
@@ -72,37 +84,25 @@ def training_rates() -> dict:
 
 
 def serving_rates() -> dict:
-    source, step = "services_h200.json", load(STEP)
+    source, step = SERVICES, load(STEP)
     student, teacher = load_model("1.7B"), load_model("4B")
-    batch, prompt, length = SERVICES["prompts"], SERVICES["prompt"], SERVICES["response"]
-    tokens, gpu = batch * length, GPUS["H200"]
     raw = load(source)
-    generate = {r["K"]: r["seconds"] for r in raw if r["part"] == "generate"}
-    score = {r["K"]: r["seconds"] for r in raw if r["part"] == "score" and r["span"] == "response"}
+    missing = [p for p in PARTS if not any(r["part"] == p for r in raw)]
+    if missing:
+        raise DataError(f"{RESULTS / source}: expected rows of the parts {', '.join(PARTS)}, got none of {', '.join(missing)}; run services.py with all of them")
+    gpu = Gpu("H200", *GPUS["H200"][:5])
     copies = [r for r in raw if r["part"] == "sync" and r["round"] > 0]
     copy = copies[0]["GB"] * 1e9 / statistics.median(r["seconds"] for r in copies)
-    whole = batch * (prompt + length)
-    done = teacher.trunk_operations(whole) + teacher.attention_operations(whole, prompt + length) + teacher.head_operations(tokens)
-    prefill = done / score[0] / MATMUL
-    share, sample = 0.8, 1e-6
-    bandwidth = gpu[2] * share
-    weights = student.decode_weight_bytes(batch) / bandwidth
-    cache = tokens * (prompt + length / 2) * student.cache_bytes / bandwidth
-    first = (student.trunk_operations(batch * prompt) + student.attention_operations(batch * prompt, prompt)) / (MATMUL * prefill)
-    layer = (generate[0] - first - cache - tokens * sample) / length - weights
-    eager = _eager(load(FIRST)[0]["seconds/sample"], student, layer, prefill, bandwidth, sample + (generate[16] - generate[0]) / tokens)
-    what = f"{batch} x {prompt} + {length} tokens"
+    score = fit_serving.fit_score(raw, teacher, gpu)
+    prefill = score["prefill_utilisation"].value
+    fitted = score | fit_serving.fit_decode(raw, student, gpu, prefill) | fit_serving.fit_replies(raw, student, gpu, prefill)
+    rest = load(FIRST)[0]["seconds/sample"] - _few_at_once(fitted, student, gpu)
     sync = step["seconds"]["sync"] - student.parameters * BF16 / copy
     return {
-        "prefill_utilisation": rate(prefill, "of the matmul rate", "measured", source, f"4B scoring responses, no top-K, {what}"),
-        **_topk_rates("score", score, tokens, source, "scoring responses"),
-        "decode_bandwidth_share": rate(share, "of the bandwidth", "assumed", GUESS, "weights and cache as read while decoding"),
-        "decode_sample_seconds": rate(sample, "s a token", "assumed", GUESS, "soft-max and sampling"),
-        "decode_layer_seconds": rate(layer / student.shape.num_layers, "s a layer and step", "measured", source,
-                                     f"1.7B, CUDA graphs, {what}: what weights, cache and prefill leave of a step"),
-        **_topk_rates("decode", generate, tokens, source, "sampling 64 at once"),
-        "decode_layer_seconds_without_graph": rate(eager / student.shape.num_layers, "s a layer and step", "calibrated", f"{FIRST}, rollout 0",
-                                                   "what the rest of the model leaves of its 45.3 s of sampling; the only run without graphs"),
+        **{n: rate(f.value, UNITS[n], "measured" if f.measured else "assumed", source if f.measured else GUESS, f.how) for n, f in fitted.items()},
+        "decode_weight_share": rate(fit_serving.WEIGHT_SHARE, "of the bandwidth", "assumed", GUESS, "weights as read while decoding"),
+        "decode_layer_seconds_without_graph": rate(rest / 1024 / student.shape.num_layers, "s a layer and step, all in it", "calibrated", f"{FIRST}, rollout 0",
+                                                   "what 1,024 steps with 51 responses leave of its 45.3 s of sampling; the only run without graphs"),
         "all_reduce_seconds": rate(12e-6, "s a message", "assumed", GUESS, "of one layer's half, while decoding over NVLink"),
         "server_reserve_bytes": rate(4 * GIB, "bytes", "assumed", GUESS, "CUDA graphs, work space and context of one server"),
         "sync_copy_bytes": rate(copy, "bytes a second", "measured", source, "1.7B over CUDA handles to an engine that does nothing else"),
@@ -110,21 +110,13 @@ def serving_rates() -> dict:
     }  # fmt: skip
 
 
-def _topk_rates(name: str, seconds: dict[int, float], tokens: int, source: str, what: str) -> dict:
-    """What top-K adds to a token: a line through K = 16 and 64. K = 0 is not on it."""
-    slope = (seconds[64] - seconds[16]) / 48 / tokens
-    fixed = (seconds[16] - seconds[0]) / tokens - 16 * slope
-    return {f"{name}_topk_seconds": rate(slope, "s a token and K", "measured", source, f"{what}, between K = 16 and 64"),
-            f"{name}_topk_fixed_seconds": rate(fixed, "s a token, any K above 0", "measured", source, f"{what}: the line at K = 0, less no top-K")}  # fmt: skip
-
-
-def _eager(measured, student, layer, prefill, bandwidth, per_token) -> float:
-    """Seconds a step that rollout 0 of FIRST waited beyond a step with a graph: 205 responses at once, then 51."""
-    responses, prompt, length, running = 256, 256, 1024, 205
-    cache = responses * length * (prompt + length / 2) * student.cache_bytes / bandwidth
-    graph = layer + student.decode_weight_bytes(running) / bandwidth
-    first = (student.trunk_operations(responses * prompt) + student.attention_operations(responses * prompt, prompt)) / (MATMUL * prefill)
-    return (measured - first - cache - responses * length * per_token - 2 * length * graph) / length
+def _few_at_once(fitted, student, gpu) -> float:
+    """Seconds of FIRST's second wave, 51 responses with CUDA graphs, and of all its prefill and replies."""
+    values = {n: f.value for n, f in fitted.items()} | {"decode_weight_share": fit_serving.WEIGHT_SHARE}
+    rates = Rates({n: Rate(n, v, "", "measured", "") for n, v in values.items()}, {})
+    step = serving.decode_step(student, 1, 51, (256, 256 + 1024), 16, gpu, rates)
+    replies = 256 * 1024 * (rates["reply_seconds"] + 16 * rates["reply_topk_seconds"])
+    return 1024 * step.wall + serving.prefill_seconds(student, 1, 256 * 256, 256, gpu, rates) + replies
 
 
 def manager_rates() -> dict:

@@ -6,7 +6,8 @@
     python benchmarks/services.py --device cuda --parts sync --sync-gpus 0,1     # sync to an engine on another GPU
 
 Prints one table a part. Random weights: times and bytes are real, texts are noise. Shape of the work on a GPU: 64 prompts of
-256 tokens, 512 sampled tokens each (--prompts, --prompt-len, --response-len).
+256 tokens, 512 sampled tokens each (--prompts, --prompt-len, --response-len). `generate` also samples each of --loads once, and `score`
+scores the last of them; with the seconds of single steps from the server's log they are what fit_serving.py fits.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "slime_ta_opd")]
 
+from benchmarks import decode_log  # noqa: E402
 from slime.backends.sglang_utils import loop  # noqa: E402
 from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
 from slime.backends.sglang_utils.server import SGLangServer  # noqa: E402
@@ -45,6 +49,7 @@ SHAPES = {
                head_dim=128, vocab_size=151936),
 }  # fmt: skip
 PARTS = ("generate", "score", "exact", "overlap", "router", "sync")
+LOADS = ("8x256@16", "256x512@0", "256x256@64", "256x1024@16")  # about 25 s on an H200
 
 
 def main() -> None:
@@ -70,6 +75,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--response-len", type=int)
     p.add_argument("--ks", type=int, nargs="+", default=[0, 16, 64])
     p.add_argument("--repeats", type=int, default=2)
+    p.add_argument("--loads", nargs="*", metavar="RESPONSESxTOKENS@K", help=f"further sizes, each sampled once; on a GPU {' '.join(LOADS)}")
     p.add_argument("--sync-gpus", default="0", help="GPUs of trainer and engine among those visible, e.g. 0 (colocated) or 0,1 (apart)")
     p.add_argument("--json", help="also write the rows here")
     o = p.parse_args()
@@ -77,7 +83,27 @@ def options() -> argparse.Namespace:
     o.prompts = o.prompts or (16 if small else 64)
     o.prompt_len = o.prompt_len or (32 if small else 256)
     o.response_len = o.response_len or (64 if small else 512)
+    words = ([] if small else LOADS) if o.loads is None else o.loads
+    try:
+        o.loads = [Load.parse(w) for w in words]
+    except ValueError as error:
+        p.error(f"--loads: {error}")
     return o
+
+
+class Load(NamedTuple):
+    """Responses at once, tokens of each, K."""
+
+    responses: int
+    tokens: int
+    k: int
+
+    @classmethod
+    def parse(cls, word: str) -> Load:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)@(\d+)", word)
+        if match is None:
+            raise ValueError(f"expected RESPONSESxTOKENS@K such as 256x1024@16, got {word!r}")
+        return cls(*(int(x) for x in match.groups()))
 
 
 class Bench:
@@ -88,13 +114,15 @@ class Bench:
         self.servers: list[SGLangServer] = []
         cuda = o.device == "cuda"
         self.names = ("1.7B", "4B") if cuda else ("tiny", "tiny")
+        longest = max([o.response_len, *(load.tokens for load in o.loads)])
+        most = max([o.prompts, *(load.responses for load in o.loads)])
         self.args = argparse.Namespace(
-            device=o.device, sglang_dtype="bfloat16" if cuda else "float32", rollout_max_context_len=o.prompt_len + o.response_len,
+            device=o.device, sglang_dtype="bfloat16" if cuda else "float32", rollout_max_context_len=o.prompt_len + longest,
             rollout_max_response_len=o.response_len, rollout_temperature=1.0, rollout_top_p=1.0, rollout_top_k=-1, rollout_seed=1,
-            sglang_server_concurrency=256, teacher_concurrency=64, request_timeout=600, request_retries=3, sglang_api_key=None,
+            sglang_server_concurrency=max(256, most), teacher_concurrency=64, request_timeout=600, request_retries=3, sglang_api_key=None,
             teacher_timeout=60, opd_topk_metrics_k=16, opd_exact_cmass=False, rollout_batch_size=o.prompts, n_samples_per_prompt=1,
-            input_key="prompt", label_key=None, apply_chat_template=False, sglang_mem_fraction_static=0.25,
-            teacher_mem_fraction_static=0.5, sglang_cuda_graph_max_bs=64, teacher_cuda_graph_max_bs=64, opd_type="sglang",
+            input_key="prompt", label_key=None, apply_chat_template=False, sglang_mem_fraction_static=0.4,
+            teacher_mem_fraction_static=0.5, sglang_cuda_graph_max_bs=min(256, max(64, most)), teacher_cuda_graph_max_bs=8, opd_type="sglang",
             weight_sync="auto", output_dir=str(folder / "out"), sglang_host="127.0.0.1",
         )  # fmt: skip
 
@@ -108,7 +136,7 @@ class Bench:
         args.hf_checkpoint = str(self._model(self.names[0], "student", 0))
         teacher = str(self._model(self.names[1], "teacher", 1))
         args.student_config = json.loads(Path(args.hf_checkpoint, "config.json").read_text())
-        args.sglang_passthrough = ["--load-format", "dummy"] if self.o.device == "cuda" else []
+        args.sglang_passthrough = [*decode_log.FLAGS, *(["--load-format", "dummy"] if self.o.device == "cuda" else [])]
         roles = [("student", args.hf_checkpoint)] + ([] if self.o.parts == ["sync"] else [("teacher", teacher)])
         for role, path in roles:
             env = {"CUDA_VISIBLE_DEVICES": visible[int(gpus[-1] if apart else gpus[0])]} if self.o.device == "cuda" else {"OMP_NUM_THREADS": "1"}
@@ -123,6 +151,7 @@ class Bench:
         vocab = args.student_config["vocab_size"]
         self.prompts = [self.rng.integers(300, vocab, self.o.prompt_len).tolist() for _ in range(self.o.prompts)]
         self.responses: list[list[int]] = []
+        self.sequences: list[list[int]] = []  # of the last load
 
     def _model(self, shape: str, name: str, seed: int) -> Path:
         spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tests" / "sglang_utils" / "tiny.py")
@@ -167,38 +196,49 @@ class Bench:
 
     def row(self, part: str, **values) -> None:
         self.rows.append({"part": part, **values})
-        shown = (f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        shown = (f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {len(v)}" if isinstance(v, list) else f"{k} {v}" for k, v in values.items())
         print(f"{part:<9} " + "  ".join(shown), flush=True)
 
     # ------------------------------------------------------------------ parts
 
     def generate(self) -> None:
-        params = {"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}
-        self._sample(params, 0)  # warm up
+        """Every run starts with an empty cache. steps: see decode_log.step_seconds."""
+        self._sample(self.prompts, self.o.response_len, 0)  # warm up
         for k in self.o.ks:
-            seconds, replies = min((self._sample(params, k) for _ in range(self.o.repeats)), key=lambda x: x[0])
-            self._report("generate", k, seconds, replies)
+            runs = [self._sample(self.prompts, self.o.response_len, k) for _ in range(self.o.repeats)]
+            seconds, replies, steps = min(runs, key=lambda x: x[0])
+            self._report("generate", k, seconds, replies, self.o.response_len, steps=steps)
         self.responses = [r.output_ids for r in replies]
+        for load in self.o.loads:
+            prompts = self._more_prompts(load.responses)
+            seconds, replies, steps = self._sample(prompts, load.tokens, load.k)
+            self._report("generate", load.k, seconds, replies, load.tokens, steps=steps)
+            self.sequences = [p + r.output_ids for p, r in zip(prompts, replies, strict=True)]
 
-    def _sample(self, params: dict, k: int):
-        student = self.clients.student
+    def _more_prompts(self, count: int) -> list[list[int]]:
+        """Prompts of their own, so that no position is in the cache for two."""
+        vocab = self.args.student_config["vocab_size"]
+        return [self.rng.integers(300, vocab, self.o.prompt_len).tolist() for _ in range(count)]
 
-        async def all_of_them():
-            calls = (student.generate(p, {**params, "sampling_seed": i}, k) for i, p in enumerate(self.prompts))
-            return await asyncio.gather(*calls)
+    def _sample(self, prompts, length: int, k: int):
+        """(seconds, replies, seconds of single steps), all at once, from an empty cache."""
+        student, log = self.clients.student, self.servers[0].log_file
+        params = {"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True}
+        loop.run(student.flush_cache())
+        begin = decode_log.size(log)
+        seconds, replies = timed(gather([student.generate(p, {**params, "sampling_seed": i}, k) for i, p in enumerate(prompts)]))
+        return seconds, replies, decode_log.read(log, begin)
 
-        return timed(all_of_them())
-
-    def _report(self, part: str, k: int, seconds: float, replies, **more) -> None:
-        tokens = self.o.prompts * self.o.response_len
+    def _report(self, part: str, k: int, seconds: float, replies, length: int, **more) -> None:
+        """One row; `length`: sampled or scored tokens of each reply."""
+        tokens = len(replies) * length
         size, parse = sum(r.reply_bytes for r in replies), sum(r.parse_seconds for r in replies)
         self.row(part, K=k, seconds=seconds, tokens_per_second=tokens / seconds, MB=size / 1e6, bytes_per_token=size / tokens,
-                 parse_us_per_token=1e6 * parse / tokens, **more)  # fmt: skip
+                 parse_us_per_token=1e6 * parse / tokens, responses=len(replies), response_len=length, prompt_len=self.o.prompt_len, **more)  # fmt: skip
 
     def _need_responses(self) -> None:
         if not self.responses:
-            params = {"temperature": 1.0, "max_new_tokens": self.o.response_len, "ignore_eos": True}
-            self.responses = [r.output_ids for r in self._sample(params, 0)[1]]
+            self.responses = [r.output_ids for r in self._sample(self.prompts, self.o.response_len, 0)[1]]
 
     def score(self) -> None:
         """Response span only (our way) and the whole sequence (the released way), every repeat shown: the first one compiles."""
@@ -212,12 +252,17 @@ class Bench:
                     loop.run(teacher.flush_cache())
                     seconds, replies = timed(gather([teacher.score(s, length, k) for s in sequences]))
                     runs.append(seconds)
-                self._report("score", k, min(runs), replies, span=name, repeats="/".join(f"{s:.3f}" for s in runs))
+                self._report("score", k, min(runs), replies, self.o.response_len, span=name, repeats="/".join(f"{s:.3f}" for s in runs))
             runs = []
             for _ in range(self.o.repeats):  # the prompts are in the server's cache now
                 seconds, replies = timed(gather([teacher.score(s, self.o.response_len, k) for s in sequences]))
                 runs.append(seconds)
-            self._report("score", k, min(runs), replies, span="response, prompt cached", repeats="/".join(f"{s:.3f}" for s in runs))
+            self._report("score", k, min(runs), replies, self.o.response_len, span="response, prompt cached", repeats="/".join(f"{s:.3f}" for s in runs))
+        if self.sequences:
+            load = self.o.loads[-1]
+            loop.run(teacher.flush_cache())
+            seconds, replies = timed(gather([teacher.score(s, load.tokens, load.k) for s in self.sequences]))
+            self._report("score", load.k, seconds, replies, load.tokens, span="response, last load")
 
     def exact(self) -> None:
         """Ways to learn the teacher's log-probs at every one of the student's top-16 ids from an unmodified server.

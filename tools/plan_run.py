@@ -23,6 +23,11 @@ from slime.planning.search import best_plan
 from slime.planning.workload import CUTS, Workload
 from ta_opd.errors import ConfigError, DataError, TaOpdError
 
+# Topologies of benchmarks/gpu/opd_step.py: mode, trainer, servers of either role.
+TOPOLOGIES = {
+    "one": ("colocated", Layout(), Servers(1, 1)), "apart": ("servers apart", Layout(), Servers(1, 1)),
+    "tp2": ("colocated", Layout(tp=2), Servers(2, 1)), "four": ("colocated", Layout(tp=2, dp=2), Servers(4, 1)),
+}  # fmt: skip
 RATES = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "rates.json"
 
 
@@ -97,18 +102,30 @@ def plan(args) -> tuple[Task, Prediction]:
     return task, predict(task, split)
 
 
-def compare(prediction: Prediction, path: Path) -> list[str]:
-    """Measured and predicted seconds by phase. Raises DataError on a file that opd_step.py did not write."""
+def compare(task: Task, prediction: Prediction, path: Path) -> list[str]:
+    """Measured and predicted seconds by phase. Raises DataError on a file that opd_step.py did not write, ConfigError on one of another step."""
     try:
-        measured = json.loads(path.read_text())["seconds"]
+        result = json.loads(path.read_text())
+        measured = result["seconds"]
+        recorded = (result["case"], int(result["k"]), float(result["budget"]), result["topology"])
         rows = {"generate": measured["sample"], **{p: measured.get(p) for p in PHASES[1:]}, "total": measured["total"]}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--compare {path}: expected a result.json of opd_step.py with seconds by phase ({type(error).__name__}: {error})") from error
+    work, split = task.work, prediction.split
+    given = (f"{work.prompts}x{work.samples}x{work.response_len}", work.k, work.budget, *(t for t, p in TOPOLOGIES.items() if _is(split, p)))
+    if given != recorded:
+        shown = ["{}, K {}, budget {}, topology {}".format(*step, "unknown") for step in (recorded, given)]
+        raise ConfigError(f"--compare {path}: expected flags that describe its step ({shown[0]}), got {shown[1]}")
     guesses, lines = {**prediction.seconds, "total": prediction.total}, [f"{'phase':10s} {'measured':>9s} {'predicted':>9s}"]
     for phase, real in rows.items():
         if real is not None:
             lines.append(f"{phase:10s} {real:9.3f} {guesses[phase]:9.3f} {f'{guesses[phase] / real - 1:+8.0%}' if real else ''}")
     return lines
+
+
+def _is(split: Split, words: tuple) -> bool:
+    mode, layout, servers = words
+    return split.mode == mode and split.trainer == layout and split.student == split.teacher == servers
 
 
 def _numbers(flag: str, text: str, separator: str, count: int) -> list[int]:
@@ -123,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         task, prediction = plan(args)
         if args.compare:
-            print("\n".join(compare(prediction, args.compare)))
+            print("\n".join(compare(task, prediction, args.compare)))
             return 0
     except TaOpdError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -171,7 +171,7 @@ def predict(task: Task, split: Split) -> Prediction:
         problems.append(f"asynchronous: expected student engines on GPUs of their own (mode apart), got {split.mode}: they would share the trainer's")
     held = trainer or memory.trainer_memory(task.student, split.trainer, work, rates, tokens)
     found = Prediction(split, seconds, roles, generate, score, train, between, held, 0.0, tuple(problems), work.asynchronous)
-    busy = split.student.gpus * generate.busy + split.teacher.gpus * score.total + split.trainer.gpus * train.total
+    busy = split.student.gpus * generate.busy + split.teacher.gpus * score.busy + split.trainer.gpus * train.total
     return replace(found, busy=min(1.0, busy / (split.gpus * found.total)))
 
 
