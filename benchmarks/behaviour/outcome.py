@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Frozen:
         out = []
         for run in range(runs):
             rows_Lh = hidden[run].flatten(0, 1)[self.rows].float()
-            found = row_metrics(rows_Lh @ stack.head(run).float().T, self.teacher_LV, self.target_L, (self.k,))
+            found = row_metrics(rows_Lh @ stack.heads()[run].float().T, self.teacher_LV, self.target_L, (self.k,))
             out.append((float(found["KLf"].mean()), float(found["KLr"].mean())))
         return out
 
@@ -118,7 +119,7 @@ def arm_table(best: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["loss", "budget", "accuracy"], ascending=[True, False, False]).reset_index(drop=True)
 
 
-def picture(table: pd.DataFrame, start: dict, path: Path) -> None:
+def picture(table: pd.DataFrame, start: dict, path: Path, teacher: float) -> None:
     """Accuracy and forward KL of every selector, one colour a budget, one column a loss; the initial student and full supervision as lines."""
     import matplotlib
 
@@ -164,17 +165,23 @@ def export(state: dict, like: Path, folder: Path) -> Path:
     return folder
 
 
-def regressions(frozen: Frozen, states: dict[str, dict], best: pd.DataFrame, device: torch.device, say) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.DataFrame]]:
-    """(r2 of every model, coefficients, joined tables by run) of the gains of those kept runs that are at their arm's better rate."""
+def regressions(frozen: Frozen, states: Path, best: pd.DataFrame, device: torch.device, say, deadline: float) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.DataFrame]]:
+    """(r2 of every model, coefficients, joined tables by run) of the gains of those kept runs that are at their arm's better rate.
+
+    states: folder of NAME.pt. No run is begun after `deadline` (seconds of time.time); the first seed's come first.
+    """
     config = ScoringConfig(topk=(frozen.k,), student_device=device.type, teacher_device=device.type, dtype="float32", workspace_gib=0.5)
     home, summaries, coefficients, tables = frozen.folder, [], [], {}
-    wanted = [run for run in best["run"] if run in states]
+    wanted = [run for run in best.sort_values(["seed", "budget"], kind="stable")["run"] if (states / f"{run}.pt").is_file()]
     if not wanted:
         return pd.DataFrame(), pd.DataFrame(), tables
     with tempfile.TemporaryDirectory(dir=home) as scratch:
         before, meta = score_contexts(frozen.bank, str(home / "student"), str(home / "teacher"), config, Path(scratch) / "parts0")
         for number, name in enumerate(wanted, 1):
-            folder = export(states[name], home / "student", Path(scratch) / f"run{number}")
+            if time.time() > deadline:
+                say(f"  {len(wanted) - number + 1} of {len(wanted)} regressions are left out: the time is over")
+                break
+            folder = export(torch.load(states / f"{name}.pt"), home / "student", Path(scratch) / f"run{number}")
             after, record = score_contexts(frozen.bank, str(folder), str(home / "teacher"), config, Path(scratch) / f"parts{number}")
             shutil.rmtree(folder)
             tables[name] = join_baseline(after, before, after_meta=record, before_meta=meta)
@@ -185,6 +192,8 @@ def regressions(frozen: Frozen, states: dict[str, dict], best: pd.DataFrame, dev
                                                       q3_ci_low=found.summary["bootstrap_ci_low"].iloc[0], q3_ci_high=found.summary["bootstrap_ci_high"].iloc[0]))  # fmt: skip
             coefficients.append(found.coefficients.assign(**who))
             say(f"  gains of {name}: mean {tables[name]['G_KLf_abs'].mean():.4f} nats")
+    if not tables:
+        return pd.DataFrame(), pd.DataFrame(), tables
     return pd.concat(summaries, ignore_index=True), pd.concat(coefficients, ignore_index=True), tables
 
 

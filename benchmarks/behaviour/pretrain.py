@@ -26,6 +26,11 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait for what the device has still to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def make_model(spec: Pretrain):
     """A Qwen3ForCausalLM with random weights of the spec's seed."""
     transformers = import_transformers()
@@ -77,33 +82,46 @@ def solved(stack: Stack, problems: list[corpus.Problem], new_tokens: int, chunk:
 
 def train(spec: Pretrain, style: corpus.Style, size: Size, device: torch.device, avoid: set, check: list[corpus.Problem], say) -> tuple:
     """(model, steps taken, share of `check` solved). Raises NumericsError on a loss that is not finite."""
-    model = make_model(spec).to(device).train()
+    model = make_model(spec)
+    stack = Stack.copies(model, 1, device)
+    parameters = stack.require_grad()
     problems = corpus.make_problems(spec.problems, TRAIN_SEED + spec.seed, style, size.level, avoid)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
     generator, share, taken = torch.Generator().manual_seed(spec.seed), 0.0, spec.steps
     for step in range(spec.steps):
         rate = spec.lr * min(1.0, (step + 1) / spec.warmup) * 0.5 * (1 + math.cos(math.pi * step / spec.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = torch.randint(len(problems), (spec.batch,), generator=generator).tolist()
-        ids, targets = (t.to(device) for t in batch_of([problems[i] for i in chosen]))
-        with autocast(device):
-            logits = model(input_ids=ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
+        loss = cross_entropy(stack, *batch_of([problems[i] for i in chosen]))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         last = step == spec.steps - 1
         if last or (spec.stop_at is not None and (step + 1) % spec.check_every == 0):
             if not torch.isfinite(loss):
                 raise NumericsError(f"pretraining, step {step}: expected a finite loss, got {loss.item()}; use a smaller learning rate")
-            share = sum(solved(Stack.copies(model, 1, device), check, size.response)[0]) / len(check)
+            share = sum(solved(stack, check, size.response)[0]) / len(check)
             say(f"  step {step + 1}: loss {loss.item():.3f}, {share:.1%} of the validation problems")
             if spec.stop_at is not None and share >= spec.stop_at:
                 taken = step + 1
                 break
-    return model.eval(), taken, share
+    model.load_state_dict(stack.state_of(0))
+    return model.to(device).eval(), taken, share
+
+
+def cross_entropy(stack: Stack, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
+    """Mean over the targets that are not IGNORED, of a stack of one model; ids and targets on the CPU."""
+    wanted_BS = targets_BS[:, 1:] != IGNORED
+    ends_B = ids_BS.shape[1] - 1 - wanted_BS.flip(1).int().argmax(1)  # positions up to the last that predicts a target
+    row_L = torch.nonzero(wanted_BS.flatten())[:, 0]
+    target_L = targets_BS[:, 1:].flatten()[row_L]
+    ids_BS, ends_B, row_L, target_L = (upload(t, stack.device) for t in (ids_BS, ends_B, row_L, target_L))
+    with autocast(stack.device):
+        hidden = stack.hidden(ids_BS[None, :, :-1], ends_B[None])
+        logits_LV = stack.logits(hidden.flatten(0, 2).index_select(0, row_L)[None])[0]
+    return torch.nn.functional.cross_entropy(logits_LV, target_L)
 
 
 def models(size: Size, folder: Path, device: torch.device, say=print) -> tuple:

@@ -63,7 +63,7 @@ SIZES = {
     "gpu": Size(
         teacher=Pretrain(Width(1024, 2816, 10, 16, 8, 64), steps=1200, batch=256, lr=6e-4, seed=3, problems=200_000),
         student=Pretrain(Width(512, 1536, 8, 8, 4, 64), steps=1500, batch=256, lr=1e-3, seed=7, problems=100_000, stop_at=0.4),
-        level=Level(), rollouts=40, prompts=32, response=56, group=64, heldout=256, validation=128, contexts=160, rates=(1e-4, 4e-4),
+        level=Level(), rollouts=40, prompts=32, response=56, group=56, heldout=256, validation=128, contexts=160, rates=(1e-4, 4e-4),
     ),
     "mid": Size(
         teacher=Pretrain(Width(128, 384, 3, 4, 2, 32), steps=500, batch=64, lr=4e-3, seed=3, problems=20_000),

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from benchmarks.behaviour import outcome, plan
-from benchmarks.behaviour.distil import Distiller, prompts_of
+from benchmarks.behaviour.choosing import Chooser, Rule
+from benchmarks.behaviour.distil import LOSS_ARGS, Distiller, _top, ends_of, prompts_of
 from benchmarks.behaviour.pretrain import make_model, problem_sets, solved
 from benchmarks.behaviour.sizes import SIZES
 from benchmarks.behaviour.stacked import Stack, StackedAdam
 from benchmarks.gpu import behaviour
 from examples.reasoning import corpus
+from slime.backends.megatron_utils.losses.registry import get_loss
+from slime.backends.megatron_utils.losses.types import Rows
 from ta_opd.errors import ConfigError
 from ta_opd.selection import list_selectors
 
@@ -195,9 +198,10 @@ def test_the_better_rate_and_intervals_over_seeds():
 def test_full_supervision_moves_towards_the_teacher_and_tokens_are_equal(tmp_path):
     torch.manual_seed(0)
     teacher, student = make_model(TINY.teacher).eval(), make_model(TINY.student).eval()
-    distiller = Distiller(teacher, student, TINY, torch.device("cpu"), set())
     runs = [plan.Run(plan.Arm(name, budget, "topk_reverse_kl"), 1, 4e-3) for name, budget in (("full", 1.0), ("random", 0.3))]
-    distiller.train(runs)
+    with chooser_of(TINY) as chooser:
+        distiller = Distiller(teacher, student, TINY, torch.device("cpu"), set(), chooser)
+        distiller.train(runs)
     first, last = ([r for r in distiller.log.rows if r["rollout"] == i] for i in (0, TINY.rollouts - 1))
     assert last[0]["loss"] < first[0]["loss"]
     assert abs(first[0]["tokens"] - first[1]["tokens"]) <= 0.5 * first[0]["tokens"] and first[0]["kept"] == first[0]["tokens"]
@@ -205,17 +209,19 @@ def test_full_supervision_moves_towards_the_teacher_and_tokens_are_equal(tmp_pat
     assert len(solved(Stack.copies(student, 2, "cpu"), problem_sets(TINY)[0], 4)) == 2
 
 
+def chooser_of(size, workers: int = 0) -> Chooser:
+    return Chooser(workers, size.group, size.prompts * size.response, size.k)
+
+
 def gradients(distiller, stack, ids_RBS, lengths_B, runs):
     parameters = stack.require_grad()
-    hidden = stack.hidden(ids_RBS[:, :, :-1])
-    rows = distiller._rows(ids_RBS, lengths_B)
-    with torch.no_grad():
-        student = distiller._student(stack, hidden.detach(), ids_RBS, rows)
-    teacher = distiller._teacher(ids_RBS, rows)
-    found = distiller._select(runs, 0, rows, student, teacher)
-    total, losses = distiller._loss(stack, hidden, runs, rows, student, teacher, [w for w, _ in found])
+    places = distiller._places(ids_RBS, lengths_B)
+    logits = distiller._logits(stack, distiller._hidden(stack, ids_RBS, lengths_B), places)
+    student = _top(logits.detach(), places.target_RL, distiller.size.k)
+    teacher, found = distiller._teach(runs, 0, ids_RBS, lengths_B, places, student)
+    total, losses = distiller._loss(logits, runs, student, teacher, [w for w, _ in found])
     total.backward()
-    return {n: w.grad for n, w in stack.weights.items()}, losses, len(parameters), rows
+    return {n: w.grad for n, w in stack.weights.items()}, losses.tolist(), len(parameters), places
 
 
 @pytest.mark.parametrize("loss", TINY.losses)
@@ -223,25 +229,98 @@ def test_a_run_learns_in_a_group_what_it_learns_alone(two, loss):
     """And the top-K divergence over nearly the whole vocabulary has the gradient of the full reverse KL by autograd."""
     models, _ = two
     k = 500 if loss == "topk_reverse_kl" else TINY.k
-    distiller = Distiller(models[1], models[0], replace(TINY, k=k), torch.device("cpu"), set())
+    size = replace(TINY, k=k)
     ids = torch.randint(3, 500, (1, 6, 14), generator=torch.Generator().manual_seed(5)).repeat(2, 1, 1)
     ids[:, 1, 11], lengths = corpus.END_ID, torch.tensor([4, 5, 6, 4, 5, 6])
     runs = [plan.Run(plan.Arm(name, budget, loss), 1, 1e-3) for name, budget in (("full", 1.0), ("entropy", 0.3))]
-    together, values, _, _ = gradients(distiller, Stack.copies(models[0], 2, "cpu"), ids, lengths, runs)
-    for i, run in enumerate(runs):
-        alone, value, count, rows = gradients(distiller, Stack.copies(models[0], 1, "cpu"), ids[:1], lengths, [run])
-        assert value[0] == pytest.approx(values[i], rel=1e-5) and count == len(alone)
-        for name, grad in alone.items():
-            torch.testing.assert_close(together[name][i], grad[0], atol=1e-5, rtol=1e-3)
-    assert len(rows[0]) == sum(min(12, 14) if b == 1 else 14 for b in range(6)) - int(lengths.sum())
+    with chooser_of(size) as chooser:
+        distiller = Distiller(models[1], models[0], size, torch.device("cpu"), set(), chooser)
+        together, values, _, places = gradients(distiller, Stack.copies(models[0], 2, "cpu"), ids, lengths, runs)
+        for i, run in enumerate(runs):
+            alone, value, count, _ = gradients(distiller, Stack.copies(models[0], 1, "cpu"), ids[:1], lengths, [run])
+            assert value[0] == pytest.approx(values[i], rel=1e-5) and count == len(alone)
+            for name, grad in alone.items():
+                torch.testing.assert_close(together[name][i], grad[0], atol=1e-5, rtol=1e-3)
+    assert places.counts == [sum(min(12, 14) if b == 1 else 14 for b in range(6)) - int(lengths.sum())] * 2
     if loss == "topk_reverse_kl":
         model = models[0]
         model.zero_grad()
-        s, t = (torch.log_softmax(m(input_ids=ids[0, :, :-1]).logits, -1).flatten(0, 1)[rows[0]] for m in (model, models[1]))
+        s, t = (torch.log_softmax(m(input_ids=ids[0, :, :-1]).logits, -1).flatten(0, 1)[places.index_RL[0]] for m in (model, models[1]))
         (s.exp() * (s - t.detach())).sum(1).mean().backward()
         full = {n.removeprefix("model."): p.grad for n, p in model.named_parameters()}
         for name, grad in together.items():
             torch.testing.assert_close(grad[0], full[name], atol=2e-3, rtol=2e-2)
+
+
+def test_a_response_without_an_end_is_as_long_as_it_may_be():
+    ids = torch.full((1, 3, 12), 7)
+    ids[0, 0, 6] = ids[0, 1, 2] = corpus.END_ID  # the second is in the prompt
+    assert ends_of(ids, torch.tensor([3, 4, 6]), 5).tolist() == [[7, 9, 11]] and ends_of(ids, torch.tensor([3, 4, 9]), 5).tolist() == [[7, 9, 12]]
+
+
+def test_positions_behind_a_response_are_left_out_and_change_nothing(two):
+    models, stack = two
+    ids = torch.randint(3, 500, (2, 3, 11), generator=torch.Generator().manual_seed(8))
+    ends = torch.tensor([[11, 4, 7], [5, 6, 1]])
+    parameters = stack.require_grad()
+    found = []
+    for given in (None, ends):
+        hidden = stack.hidden(ids, given)
+        before = torch.arange(11) < ends[..., None]
+        (hidden[before] ** 3).sum().backward()
+        found.append((hidden[before].detach(), [p.grad.clone() for p in parameters]))
+        for parameter in parameters:
+            parameter.grad = None
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
+    for whole, packed in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(whole, packed, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", TINY.losses)
+def test_the_losses_of_all_runs_in_one_call_are_those_of_each_run_with_its_own_head(two, loss):
+    models, stack = two
+    size, rng = TINY, np.random.default_rng(0)
+    ids = torch.randint(3, 500, (2, 4, 12), generator=torch.Generator().manual_seed(9))
+    ids[1, :, 8], lengths = corpus.END_ID, torch.tensor([4, 5, 3, 4])
+    runs = [plan.Run(plan.Arm("random", 0.3, loss), 1, 1e-3)] * 2
+    with chooser_of(size) as chooser, torch.no_grad():
+        distiller = Distiller(models[1], models[0], size, torch.device("cpu"), set(), chooser)
+        places = distiller._places(ids, lengths)
+        hidden = stack.hidden(ids[:, :, :-1])
+        logits = distiller._logits(stack, hidden, places)
+        student, teacher = _top(logits, places.target_RL, size.k), distiller._teacher(ids, lengths, places)
+        weights = [rng.choice([0.0, 0.5, 1.0, 2.0], count).astype(np.float32) for count in places.counts]
+        total, values = distiller._loss(logits, runs, student, teacher, weights)
+        for run, weight in enumerate(weights):
+            kept = torch.from_numpy(np.flatnonzero(weight))
+            row = {k: v[run][kept] for k, v in teacher.items()}
+            factor = torch.from_numpy(weight)[kept] / weight.sum()
+            given = Rows(target_R=row["target"].long(), weight_R=factor, factor_R=factor, student_logp_old_R=student["logp"][run][kept],
+                         teacher_logp_R=row["logp"], teacher_ids_RK=row["ids"], teacher_logps_RK=row["logps"])  # fmt: skip
+            rows = hidden[run].flatten(0, 1)[places.index_RL[run][kept]]
+            own = get_loss(loss)(rows, stack.heads()[run], given, LOSS_ARGS).total
+            assert float(values[run]) == pytest.approx(float(own), rel=2e-5)
+        assert float(total) == pytest.approx(float(values.sum()), rel=1e-5)
+
+
+def test_workers_choose_what_is_chosen_without_them():
+    rng, lengths = np.random.default_rng(1), [[5, 0, 9], [7, 6, 1], [3, 3, 3]]
+    sides = {}
+    for side in ("student", "teacher"):
+        logits = np.sort(rng.normal(size=(3, 14, 4)).astype(np.float32), 2)[:, :, ::-1] - 3
+        ids = np.argsort(rng.random((3, 14, 9)), 2)[:, :, :4].astype(np.int32)
+        sides[side] = {"ids": ids, "logps": logits, "target": ids[:, :, 1], "logp": logits[:, :, 1]}
+    found = []
+    for workers in (0, 2):
+        with Chooser(workers, 4, 20, 4) as chooser:
+            chooser.put(0, "student", sides["student"])
+            for i in range(3):
+                chooser.put(i, "teacher", {k: v[i : i + 1] for k, v in sides["teacher"].items()})
+            found.append([chooser.submit(i, Rule(name, 0.3, 1, 5), lengths[i]).result() for i, name in enumerate(("random", "tip_ier_or", "iw_opd"))])
+    for here, there in zip(*found, strict=True):
+        assert np.array_equal(here[0], there[0]) and here[1] == there[1] and here[1]["kept"] >= 3
 
 
 def test_a_tiny_run_gives_tables_pictures_and_goes_on_where_it_stopped(tmp_path, capsys):
