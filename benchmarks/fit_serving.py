@@ -32,6 +32,7 @@ GUESSED = {
 }
 PULL = 1e-3  # weight of a guess, beside one measured step
 KNOWN_FROM = 0.9  # share of a rate that the data decide, for `measured`
+LEAST = 10  # intervals that a measured rate rests on
 FAR = 0.25  # a step this far off its line holds something else
 
 
@@ -66,12 +67,13 @@ def fit_decode(rows: list[dict], model: Model, gpu: Gpu, utilisation: float) -> 
     best = min((_by_turns(points, model, gpu, utilisation, start) for start in (10e-6, 20e-6, 40e-6, 80e-6)), key=lambda f: f.error)
     kept = points[np.abs(best.guess / points[:, 2] - 1) < FAR]
     final = _by_turns(kept, model, gpu, utilisation, best.values["decode_host_request_seconds"])
-    out = {}
+    out, off = {}, f"all off by {final.error:.1%} on average"
     for names, bound, columns in ((HOST, ~final.on_gpu, _host_columns), (GPU, final.on_gpu, _gpu_columns)):
-        sure = _decided(_scaled(columns(kept, model, gpu)[bound], kept[bound, 2], list(names.values()), names))
+        count = int(bound.sum())
+        sure = _decided(_scaled(columns(kept, model, gpu)[bound], kept[bound, 2], list(names.values()), names)) & (count >= LEAST)
         side = "GPU" if names is GPU else "host"
         for name, decided in zip(names, sure, strict=True):
-            how = f"{int(bound.sum())} of {len(kept)} intervals of decoding, those that the {side} bounds" if decided else f"{GUESSED[name]}; no step tells"
+            how = f"{count} of {len(kept)} intervals of decoding, those that the {side} bounds; {off}" if decided else f"{GUESSED[name]}; no step tells"
             out[name] = Fitted(final.values[name], bool(decided), how)
     return out
 

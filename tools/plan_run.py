@@ -108,6 +108,7 @@ def compare(task: Task, prediction: Prediction, path: Path) -> list[str]:
         result = json.loads(path.read_text())
         measured = result["seconds"]
         recorded = (result["case"], int(result["k"]), float(result["budget"]), result["topology"])
+        mean = float(result["medians"]["rollout/response_length"])
         rows = {"generate": measured["sample"], **{p: measured.get(p) for p in PHASES[1:]}, "total": measured["total"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--compare {path}: expected a result.json of opd_step.py with seconds by phase ({type(error).__name__}: {error})") from error
@@ -116,6 +117,8 @@ def compare(task: Task, prediction: Prediction, path: Path) -> list[str]:
     if given != recorded:
         shown = ["{}, K {}, budget {}, topology {}".format(*step, "unknown") for step in (recorded, given)]
         raise ConfigError(f"--compare {path}: expected flags that describe its step ({shown[0]}), got {shown[1]}")
+    if abs(mean / work.mean - 1) > 0.05:
+        raise ConfigError(f"--compare {path}: expected its mean response, --response-mean {mean:.0f}, got {work.mean:.0f}")
     guesses, lines = {**prediction.seconds, "total": prediction.total}, [f"{'phase':10s} {'measured':>9s} {'predicted':>9s}"]
     for phase, real in rows.items():
         if real is not None:
