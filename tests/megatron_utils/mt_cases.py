@@ -230,6 +230,19 @@ def save_many(rank, ranks, port, model, rollouts, **changes) -> None:
         trainer.save(rollout, EXTRA)
 
 
+def beside_another_adam(rank, ranks, port, case, **kwargs):
+    """A case as it runs where Transformer Engine or apex is installed: megatron-core has found their Adam."""
+    import megatron.core.optimizer as found
+    from megatron.core.optimizer import distrib_optimizer
+
+    held = found.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE
+    found.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE = False, True
+    try:
+        return globals()[case](rank, ranks, port, **kwargs)
+    finally:
+        found.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE = held
+
+
 def load_then_save(rank, ranks, port, model, data, **changes) -> None:
     trainer, _ = make_trainer(rank, ranks, port, model, **changes)
     trainer.save(5, EXTRA)

@@ -42,6 +42,7 @@ from ta_opd.errors import ConfigError, DataError, ServiceError
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 STACKED_KEY = "decoder.layers.self_attention.linear_proj.weight"
+EXTRA_STATE = "._extra_state"  # grouped experts of Transformer Engine put their number behind it
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def load(found: Found, model, optimizer: Optimizer | None, *, random_state: bool
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise DataError(f"{path}: the checkpoint does not hold this model: {reason}") from error
-    unwrap(model).load_state_dict(loaded["model"])
+    _fill(unwrap(model), loaded["model"], path)
     if with_optimizer:
         optimizer.load_state_dict(loaded["optimizer"])
         optimizer.schedule.load_state_dict(loaded["schedule"])
@@ -277,9 +278,17 @@ def _metadata(stacked: bool) -> dict[str, Any]:
 
 
 def _model_state(model, stacked: bool) -> dict[str, Any]:
-    """Tensors of the model; megatron-core's empty extra states are left out, so that converted weights need none."""
+    """Tensors of the model; layers' extra states, which are empty, are left out, so that converted weights need none."""
     state = unwrap(model).sharded_state_dict(metadata=_metadata(stacked))
-    return {"model": {k: v for k, v in state.items() if not k.endswith("_extra_state")}}
+    return {"model": {k: v for k, v in state.items() if EXTRA_STATE not in k}}
+
+
+def _fill(model, state: dict[str, Any], path: str) -> None:
+    """Sets the model's tensors. Transformer Engine's layers also ask for their extra states, which have a use in FP8 only."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [k for k in missing if EXTRA_STATE not in k] + unexpected
+    if wrong:
+        raise DataError(f"{path}: the checkpoint does not hold this model: {len(wrong)} tensors do not fit, the first {wrong[0]!r}")
 
 
 def _rng_object(data) -> ShardedObject:

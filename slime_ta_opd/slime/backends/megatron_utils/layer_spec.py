@@ -38,6 +38,8 @@ def block_spec(config: TransformerConfig, implementation: str = "local") -> Tran
             raise ConfigError(f"--transformer-impl transformer_engine: Transformer Engine does not load ({error}); use local") from error
         if not HAVE_TE:
             raise ConfigError("--transformer-impl transformer_engine: Transformer Engine is not installed; install it or use local")
+        if not torch.cuda.is_available():
+            raise ConfigError("--transformer-impl transformer_engine: expected a CUDA device, found none; use local")
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
         norm = TENorm
     else:

@@ -6,6 +6,9 @@ load, so that a step would count once a parameter. (1) is met by creating the st
 functions that `_mend` puts in their place. The other optimizers cannot load a checkpoint written before the first step:
 mended there too.
 
+Where Transformer Engine or apex is installed, megatron-core would take their Adam instead, asked for or not, whose state has
+another form. Torch's is taken everywhere, so that steps and checkpoints do not depend on what else is installed.
+
 AdamW runs as one fused kernel: torch's default keeps copies the size of the weights while it steps, which was the trainer's peak.
 
 Weight decay is left off norms and biases: megatron-core applies that (wd_mult) only through OptimizerParamScheduler.
@@ -16,11 +19,13 @@ from __future__ import annotations
 import math
 import types
 
+import megatron.core.optimizer as mcore_optimizer
 import torch
 from megatron.core.optimizer import (
     ChainedOptimizer,
     DistributedOptimizer,
     OptimizerConfig,
+    distrib_optimizer,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -53,6 +58,7 @@ class Optimizer:
             bf16=settings.dtype == torch.bfloat16,
             params_dtype=settings.dtype,
         )
+        _take_torch_adam()
         self.core: ChainedOptimizer = get_megatron_optimizer(config, [model], get_standard_config_overrides(config))
         self._groups = [{k: g[k] for k in ("max_lr", "min_lr", "betas", "eps")} for g in self.core.param_groups]
         for part in self.core.chained_optimizers:
@@ -131,6 +137,12 @@ class Optimizer:
 
 def is_finite(value: float) -> bool:
     return math.isfinite(value)
+
+
+def _take_torch_adam() -> None:
+    """Sets what megatron-core decided when it was imported."""
+    mcore_optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
 
 
 def _is_torch_adam(part) -> bool:
