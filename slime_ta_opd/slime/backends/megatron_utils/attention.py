@@ -24,6 +24,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slime.backends.megatron_utils.trunk_ops import rotate
+
 # All but cuDNN, which builds a plan for every new pair of lengths: with rows that differ from batch to batch that took longer than the step.
 _MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -49,8 +51,9 @@ class PackedLayout(PackedSeqParams):
     cu_seqlens_q, cu_seqlens_kv: int32 [N+1]; max_seqlen_q, max_seqlen_kv: ints. kv_index: int64 [S], for context
     parallelism, which row of the all-gathered keys ([CP x T]) each attended key is. last_layer_rows: int64 [R] or None,
     rows whose last-layer output is needed (see last_layer.RowSelectingLayer); select_rows: whether the last layer gives only
-    these. row_queries: how they attend where queries are computed for them only; None where for all tokens. qkv_format is not "thd" on purpose:
-    megatron-core then keeps [T, 1, h, d] and applies rotary angles per token instead of slicing them per sequence.
+    these. row_queries: how they attend where queries are computed for them only; None where for all tokens. turns: cosine and sine [T, d / 2] of each
+    token's rotary angles, set by the model; megatron-core gets no angles, and attention turns queries and keys itself. qkv_format is not
+    "thd": megatron-core then keeps [T, 1, h, d].
     """
 
     qkv_format: str = "packed"
@@ -58,6 +61,7 @@ class PackedLayout(PackedSeqParams):
     last_layer_rows: Tensor | None = None
     select_rows: bool = True
     row_queries: RowQueries | None = None
+    turns: tuple[Tensor, Tensor] | None = None
 
 
 class PackedAttention(MegatronModule):
@@ -93,19 +97,20 @@ class PackedAttention(MegatronModule):
         layout = packed_seq_params
         k_Sgd, v_Sgd = self._keys(key, value, layout)
         out = segment_attention(
-            query.squeeze(1), k_Sgd, v_Sgd, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv,
+            rotate(query.squeeze(1), *layout.turns), k_Sgd, v_Sgd, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv,
             self.scale,
         )  # fmt: skip
         return out.reshape(out.size(0), 1, -1)
 
     def forward_rows(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
         """The same for the queries of `layout.last_layer_rows`: query [R, 1, h, d], key and value [T, 1, g, d] -> [R, 1, h x d]."""
-        out = row_attention(query.squeeze(1), *self._keys(key, value, layout), layout.row_queries, self.scale)
+        turns = (x.index_select(0, layout.last_layer_rows) for x in layout.turns)
+        out = row_attention(rotate(query.squeeze(1), *turns), *self._keys(key, value, layout), layout.row_queries, self.scale)
         return out.reshape(out.size(0), 1, -1)
 
     def _keys(self, key: Tensor, value: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-        """Keys and values that this rank's segments attend to, [S, g, d] each."""
-        key, value = key.squeeze(1), value.squeeze(1)
+        """Turned keys, and values, that this rank's segments attend to, [S, g, d] each."""
+        key, value = rotate(key.squeeze(1), *layout.turns), value.squeeze(1)
         if self.cp_group.size() == 1:
             return key, value
         both = _AllGather.apply(torch.cat([key, value], dim=-1), self.cp_group)

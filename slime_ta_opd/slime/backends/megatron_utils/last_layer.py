@@ -9,9 +9,7 @@ g key/value groups of this rank, d head size, F MLP width of this rank, tp tenso
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
@@ -21,11 +19,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slime.backends.megatron_utils.attention import PackedLayout
 from slime.backends.megatron_utils.recompute import unused_sum
 from slime.backends.megatron_utils.rows import gather_rows
+from slime.backends.megatron_utils.trunk_ops import swiglu
 
 
 class RowSelectingLayer(TransformerLayer):
@@ -56,7 +54,7 @@ class RowSelectingLayer(TransformerLayer):
         if not self.is_last or not layout.select_rows or layout.last_layer_rows is None:
             hidden, _ = self._forward_attention(*args, **kwargs)
         elif layout.row_queries is not None and self.can_select_queries:
-            hidden = self._attend_rows(kwargs["hidden_states"], kwargs["rotary_pos_emb"], layout)
+            hidden = self._attend_rows(kwargs["hidden_states"], layout)
         else:
             hidden, _ = self._forward_attention(*args, **kwargs)
             hidden = self._rows(hidden, layout.last_layer_rows)
@@ -72,7 +70,7 @@ class RowSelectingLayer(TransformerLayer):
             return gather_rows(hidden, rows_R, None)
         return scatter_to_sequence_parallel_region(gather_rows(hidden, rows_R, self.tp_group), group=self.tp_group)
 
-    def _attend_rows(self, hidden: Tensor, angles_T11d: Tensor, layout: PackedLayout) -> Tensor:
+    def _attend_rows(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """Attention of the needed rows to all tokens, with its residual; returned as `_rows` returns rows."""
         attention, rows_R = self.self_attention, layout.last_layer_rows
         query, key, value = attention.linear_qkv(self.input_layernorm(hidden), rows_R, attention.hidden_size_per_attention_head)
@@ -80,9 +78,6 @@ class RowSelectingLayer(TransformerLayer):
             query = attention.q_layernorm(query)
         if attention.k_layernorm is not None:
             key = attention.k_layernorm(key)
-        turn = {"config": self.config, "cp_group": attention.pg_collection.cp}
-        query = apply_rotary_pos_emb(query, angles_T11d.index_select(0, rows_R), **turn)
-        key = apply_rotary_pos_emb(key, angles_T11d, **turn)
         out = attention.linear_proj(attention.core_attention.forward_rows(query, key, value, layout))
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
@@ -128,34 +123,3 @@ class GatedMLP(MLP):
     def inner(self, hidden: Tensor) -> Tensor:
         """Input of the last product, [T, 1, F]; hidden: [T, 1, H] ([T / tp, 1, H] under sequence parallelism)."""
         return swiglu(self.linear_fc1(hidden)[0])
-
-
-def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) x up of [..., 2F] = [gate, up]. Keeps its input only and writes the gradient over it."""
-    return _SwiGLU.apply(both)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """The kernels that autograd would call, bit by bit; autograd would also keep silu(gate) and make [T, 5F] on the way back."""
-
-    @staticmethod
-    def forward(ctx, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        both = both.detach()
-        gate, up = both.chunk(2, dim=-1)
-        for g, u, d in zip(*(x.split(_BACKWARD_ROWS) for x in (gate, up, grad)), strict=True):
-            grad_up = F.silu(g).mul_(d)
-            torch.mul(u, d, out=u)
-            torch.ops.aten.silu_backward.grad_input(u, g, grad_input=g)
-            u.copy_(grad_up)
-        return both
-
-
-_BACKWARD_ROWS = 4096  # rows whose temporary exists at a time

@@ -9,6 +9,7 @@ The vocabulary matrix is reached only through `LossHead`: the caller hands a fun
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,7 @@ class PackedGPTModel(GPTModel):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self._angles(positions_1T[0]),
-            packed_seq_params=layout,
+            packed_seq_params=replace(layout, turns=self._turns(positions_1T[0])),
         )
         if not self.post_process or head is None:
             return hidden
@@ -70,11 +70,11 @@ class PackedGPTModel(GPTModel):
             weight = _GradientToBuffer.apply(weight)
         return self.output_layer(hidden, head, weight)
 
-    def _angles(self, positions_T: Tensor) -> Tensor:
-        """Rotary angles of each packed token, float32 [T, 1, 1, d]."""
+    def _turns(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each packed token's rotary angles, [T, d / 2] in the parameters' dtype."""
         self.inv_freq = self.inv_freq.to(positions_T.device)
-        half = positions_T.float()[:, None] * self.inv_freq[None, :]
-        return torch.cat([half, half], dim=-1)[:, None, None, :]
+        angles = positions_T.float()[:, None] * self.inv_freq[None, :]
+        return angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
 
 
 class _GradientToBuffer(torch.autograd.Function):

@@ -30,9 +30,7 @@ class RecomputingBlock(TransformerBlock):
 
     leave_out = True
 
-    def _checkpointed_forward(
-        self, hidden_states: Tensor, rotary_pos_emb: Tensor, packed_seq_params: PackedLayout, **unused
-    ) -> Tensor:
+    def _checkpointed_forward(self, hidden_states: Tensor, packed_seq_params: PackedLayout, **unused) -> Tensor:
         """hidden states [T, 1, H] ([T / tp, 1, H] under sequence parallelism) -> the same after all layers of this stage."""
         config, layers = self.config, self.layers
 
@@ -42,7 +40,6 @@ class RecomputingBlock(TransformerBlock):
                 hidden, _ = layers[i](
                     hidden_states=hidden,
                     attention_mask=None,
-                    rotary_pos_emb=rotary_pos_emb,
                     packed_seq_params=packed_seq_params,
                     output_unused=again and i == end - 1 and self.leave_out,
                 )
@@ -58,9 +55,7 @@ class RecomputingBlock(TransformerBlock):
             if i < config.recompute_num_layers:
                 hidden = checkpoint(partial(run, i, i + 1), config.distribute_saved_activations, hidden)
             else:
-                hidden, _ = layers[i](
-                    hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
-                )
+                hidden, _ = layers[i](hidden_states=hidden, attention_mask=None, packed_seq_params=packed_seq_params)
         return hidden
 
 
