@@ -242,7 +242,7 @@ def ratios(steps: list[dict]) -> list[dict]:
         by_way = {r["way"]: r for r in steps if (r["tokens"], r["trunk"], r.get("gradients", "bf16")) == case}
         kept = by_way.get("kept, ours, last layer on kept rows") or by_way["kept, ours"]
         for name, other in by_way.items():
-            if name.startswith("all") and other["ms"] and kept["ms"]:
+            if (name.startswith("all") or "outputs" in name or "without" in name) and other["ms"] and kept["ms"]:
                 out.append({**dict(zip(("tokens", "trunk", "gradients"), case, strict=True)), "kept against": name, "times faster": other["ms"] / kept["ms"],
                             "peak, part of": kept["peak GiB"] / other["peak GiB"] if kept["peak GiB"] else None})
     return out

@@ -13,11 +13,12 @@ import torch
 
 from benchmarks import measure as m
 from benchmarks.reference_trunk import Shape
-from slime.backends.megatron_utils import cpu_runtime, distributed
+from slime.backends.megatron_utils import cpu_runtime, distributed, trunk_ops
 from slime.backends.megatron_utils.hf_config import model_shape
 from slime.backends.megatron_utils.losses.registry import LossSpec, get_loss
 from slime.backends.megatron_utils.losses.types import TokenLoss
 from slime.backends.megatron_utils.model import build_model, wrap_for_training
+from slime.backends.megatron_utils.recompute import RecomputingBlock
 from slime.backends.megatron_utils.settings import Settings
 from slime.backends.megatron_utils.step import Stepper, vocabulary_args
 
@@ -29,6 +30,12 @@ WAYS = {  # name: (rows of the loss, loss, rows of the last layer)
     "kept, ours, last layer whole": ("kept", "ours", "all"),
     "kept, ours, last layer's MLP on kept rows": ("kept", "ours", "mlp"),
     "kept, ours, last layer on kept rows": ("kept", "ours", "kept"),
+}
+DEFAULT = "kept, ours, last layer on kept rows"
+WITHOUT = {  # name: (recompute leaves out the layers' outputs, Triton kernels of the layers), else as DEFAULT
+    "kept, ours, layers' outputs recomputed": (False, True),
+    "kept, ours, without the layers' Triton kernels": (True, False),
+    "kept, ours, without both": (False, False),
 }
 PROMPT = 256
 
@@ -103,6 +110,17 @@ def stepper_of(model, settings: Settings, loss: LossSpec, device: torch.device, 
     return Stepper(model=model, loss=loss, settings=own, args=vocabulary_args(Namespace(eps_clip=0.2), model), device=device)
 
 
+@contextmanager
+def switched(leave_out: bool, kernels: bool) -> Iterator[None]:
+    """Block with these two switches of the trainer's layers."""
+    held = RecomputingBlock.leave_out, trunk_ops.KERNELS
+    RecomputingBlock.leave_out, trunk_ops.KERNELS = leave_out, kernels
+    try:
+        yield
+    finally:
+        RecomputingBlock.leave_out, trunk_ops.KERNELS = held
+
+
 def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10) -> list[dict]:
     """One row a way, size and dtype of the gradient buffers, which are allocated before and counted in the peak."""
     out: list[dict] = []
@@ -110,20 +128,21 @@ def megatron_steps(s: Shape, sizes: list[int], length: int, share: float = 0.10)
         with one_rank(s, max(sizes), m.device().type == "cuda", grads == "fp32") as (model, settings, device):
             for tokens in sizes:
                 data = step_batch(s, tokens, length, share)
-                out += [_one_way(model, settings, device, data, name, {"tokens": tokens, "trunk": "megatron", "gradients": grads}) for name in WAYS]
+                out += [_one_way(model, settings, device, data, name, {"tokens": tokens, "trunk": "megatron", "gradients": grads}) for name in (*WAYS, *WITHOUT)]
         del model
         m.free()
     return out
 
 
 def _one_way(model, settings: Settings, device: torch.device, data: dict, name: str, row: dict) -> dict:
-    rows, loss, last = WAYS[name]
+    rows, loss, last = WAYS[DEFAULT if name in WITHOUT else name]
     spec = get_loss("sampled_reverse_kl") if loss == "ours" else comparison_loss(loss)
     stepper = stepper_of(model, settings, spec, device, opd_loss_rows=rows, opd_last_layer_rows=last)
     m.free()
     row |= {"way": name, "ms": None, "peak GiB": None}
     try:
-        cost = m.measure(lambda: stepper.gradients(data, data["steps"][0]), before=model.zero_grad_buffer, warmup=1, repeats=3)
+        with switched(*WITHOUT.get(name, (True, True))):
+            cost = m.measure(lambda: stepper.gradients(data, data["steps"][0]), before=model.zero_grad_buffer, warmup=1, repeats=3)
     except torch.cuda.OutOfMemoryError:
         return row
     return row | {"ms": cost.ms, "spread": cost.spread, "peak GiB": m.gib(cost.peak)}
