@@ -7,6 +7,7 @@ step tells about stay at a guess and are called `assumed`. Rows without `steps` 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ GUESSED = {
     "decode_topk_gpu_seconds": "GPU: the K largest of the vocabulary",
     "decode_cache_share": "Triton attention; with the other guesses what was seen of the GPU in opd_step_one_h200_64x4x1024_r0p10.png",
 }
+STARTS = (0.5, 1.0, 2.0)  # times the guesses
 PULL = 1e-3  # weight of a guess, beside one measured step
 KNOWN_FROM = 0.9  # share of a rate that the data decide, for `measured`
 LEAST = 10  # intervals that a measured rate rests on
@@ -64,9 +66,9 @@ def fit_decode(rows: list[dict], model: Model, gpu: Gpu, utilisation: float) -> 
     points = points_of(rows)
     if not len(points):
         return _from_sums(rows)
-    best = min((_by_turns(points, model, gpu, utilisation, start) for start in (10e-6, 20e-6, 40e-6, 80e-6)), key=lambda f: f.error)
+    best = _best(points, model, gpu, utilisation)
     kept = points[np.abs(best.guess / points[:, 2] - 1) < FAR]
-    final = _by_turns(kept, model, gpu, utilisation, best.values["decode_host_request_seconds"])
+    final = _best(kept, model, gpu, utilisation)
     out, off = {}, f"all off by {final.error:.1%} on average"
     for names, bound, columns in ((HOST, ~final.on_gpu, _host_columns), (GPU, final.on_gpu, _gpu_columns)):
         count = int(bound.sum())
@@ -113,25 +115,21 @@ def _scaled(columns, seconds, values, names) -> np.ndarray:
     return columns * _unit(names, values) / seconds[:, None]
 
 
-def _by_turns(points, model, gpu, utilisation, request_seconds: float) -> _Turn:
+def _best(points, model, gpu, utilisation) -> _Turn:
+    """The nearest of the fits that start at several sizes of what the host and the GPU do."""
+    return min((_by_turns(points, model, gpu, utilisation, *start) for start in itertools.product(STARTS, STARTS)), key=lambda f: f.error)
+
+
+def _by_turns(points, model, gpu, utilisation, host_start: float, gpu_start: float) -> _Turn:
     given = _matmul(points, model, gpu, utilisation)
     host, device = _host_columns(points, model, gpu), _gpu_columns(points, model, gpu)
-    a, b = _unit(HOST, HOST.values()), _unit(GPU, GPU.values())
-    a[1] = request_seconds
-
-    def lines(on_gpu):
-        return (_line(host[~on_gpu], points[~on_gpu, 2], points[~on_gpu, 2], HOST),
-                _line(device[on_gpu], points[on_gpu, 2] - given[on_gpu], points[on_gpu, 2], GPU))  # fmt: skip
-
+    a, b = host_start * _unit(HOST, HOST.values()), gpu_start * _unit(GPU, GPU.values())
     on_gpu, turns = given + device @ b > host @ a, []
-    while not any((on_gpu == t).all() for t in turns):
+    while not any((on_gpu == t).all() for t in turns):  # ends: at a fit that stays, or where turns repeat
         turns.append(on_gpu)
-        a, b = lines(on_gpu)
+        a = _line(host[~on_gpu], points[~on_gpu, 2], points[~on_gpu, 2], HOST)
+        b = _line(device[on_gpu], points[on_gpu, 2] - given[on_gpu], points[on_gpu, 2], GPU)
         on_gpu = given + device @ b > host @ a
-    if not (on_gpu == turns[-1]).all():  # going in circles: a guess about the host is longer than steps that the GPU bounds
-        on_gpu = on_gpu | turns[-1]
-        a, b = lines(on_gpu)
-        a = a / max(1.0, float(np.max(host[on_gpu] @ a / points[on_gpu, 2])))
     guess = np.maximum(host @ a, given + device @ b)
     values = dict(zip(HOST, a, strict=True)) | dict(zip(GPU, _unit(GPU, np.maximum(b, 1e-12)), strict=True))
     values["decode_cache_share"] = min(1.0, values["decode_cache_share"])

@@ -9,7 +9,7 @@ from benchmarks import decode_log, fit_serving
 from benchmarks.services import LOADS, Load
 from slime.planning.models import load_model
 from slime.planning.rates import Gpu, Rate, Rates
-from slime.planning.serving import decode_step, prefill_seconds
+from slime.planning.serving import DecodeStep, decode_step, prefill_seconds
 
 CARD = Gpu("card", 785e12, 141e9, 4.8e12, 360e9, 40e9)
 STUDENT, TEACHER = load_model("1.7B"), load_model("4B")
@@ -17,6 +17,8 @@ SIZES = [Load(64, 512, k) for k in (0, 16, 64)] + [Load.parse(word) for word in 
 SCHEDULER_SLOW = {"decode_host_seconds": 1.2e-3, "decode_host_request_seconds": 38e-6, "decode_topk_fixed_seconds": 9e-6, "decode_topk_seconds": 0.3e-6,
                   "decode_layer_seconds": 45e-6, "decode_sample_seconds": 7e-6, "decode_topk_gpu_seconds": 3e-6, "decode_cache_share": 0.55}  # fmt: skip
 SCHEDULER_FAST = SCHEDULER_SLOW | {"decode_host_request_seconds": 12e-6, "decode_topk_fixed_seconds": 3e-6, "decode_topk_seconds": 0.05e-6}
+LARGE_FIXED_PART = SCHEDULER_SLOW | {"decode_host_seconds": 3e-3, "decode_host_request_seconds": 15e-6, "decode_topk_fixed_seconds": 11e-6,
+                                     "decode_topk_seconds": 0.05e-6, "decode_layer_seconds": 25e-6}  # fmt: skip
 REPLIES = {"reply_seconds": 2e-6, "reply_topk_seconds": 0.1e-6}
 
 
@@ -41,7 +43,8 @@ def made_rows(values: dict, noise: float = 0.01) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("true", [SCHEDULER_SLOW, SCHEDULER_FAST], ids=["the host bounds most steps", "the GPU bounds most steps"])
+@pytest.mark.parametrize("true", [SCHEDULER_SLOW, SCHEDULER_FAST, LARGE_FIXED_PART],
+                         ids=["the host bounds most steps", "the GPU bounds most steps", "the host bounds small batches"])  # fmt: skip
 def test_steps_come_out_again_whoever_bounds_them(true):
     found = fit_serving.fit_decode(made_rows(true), STUDENT, CARD, 0.8)
     fitted, real = rates_of({n: f.value for n, f in found.items()}), rates_of(true)
@@ -55,6 +58,21 @@ def test_what_the_host_does_is_found_where_it_bounds_the_steps():
     found = fit_serving.fit_decode(made_rows(SCHEDULER_SLOW), STUDENT, CARD, 0.8)
     for name in ("decode_host_request_seconds", "decode_topk_seconds"):
         assert found[name].measured and found[name].value == pytest.approx(SCHEDULER_SLOW[name], rel=0.25), name
+
+
+def test_one_batch_size_does_not_tell_a_request_from_a_step():
+    rows = [r for r in made_rows(SCHEDULER_SLOW) if r["responses"] == 256]
+    found = fit_serving.fit_decode(rows, STUDENT, CARD, 0.8)
+    assert not found["decode_host_seconds"].measured and not found["decode_layer_seconds"].measured
+    assert found["decode_cache_share"].measured
+
+
+def test_a_step_is_the_longer_of_host_and_gpu():
+    for host, wall in ((0.5, 2.5), (2.0, 8 / 3), (3.0, 19 / 6), (5.0, 5.0)):
+        at = np.linspace(1.0, 4.0, 100_001)
+        step = DecodeStep(host, 1.0, 4.0)
+        assert step.wall == pytest.approx(np.maximum(host, at).mean(), rel=1e-4) and step.wall == pytest.approx(wall)
+        assert step.gpu == 2.5
 
 
 def test_what_no_step_tells_is_assumed():
@@ -73,7 +91,8 @@ def test_what_no_step_tells_is_assumed():
 
 def test_a_pause_within_an_interval_does_not_bend_the_line():
     rows = made_rows(SCHEDULER_SLOW)
-    rows[-1]["steps"][7][2] *= 4  # a full garbage collection
+    for step in rows[-1]["steps"][7::12]:
+        step[2] *= 8  # a full garbage collection
     clean, paused = (fit_serving.fit_decode(r, STUDENT, CARD, 0.8) for r in (made_rows(SCHEDULER_SLOW), rows))
     for name, found in clean.items():
         assert paused[name].value == pytest.approx(found.value, rel=0.05), name
