@@ -49,6 +49,28 @@ def test_counted_operations_rank_the_ways_as_their_recorded_times():
             assert row["all"] == pytest.approx(row["other layers"] + row["last layer"] + row["head"], abs=0.02)
 
 
+def test_counts_leave_out_what_recompute_does_not_make():
+    """Of every layer the last product, as the plan counts it, too, and the bytes of its output."""
+    from slime.planning.models import load_model
+    from slime.planning.training import operations_of
+
+    s, tokens = QWEN3_1_7B, 16_384
+    product = 2 * tokens * s.hidden * s.ffn * s.layers
+    less = step_account.flops(s, tokens, "all, ours", True)["all"] - step_account.flops(s, tokens, "all, ours")["all"]
+    assert less * 1e12 == pytest.approx(product)
+    rows = step_account.flops(s, tokens, "kept, ours, last layer on kept rows", True)["last layer"]
+    rows -= step_account.flops(s, tokens, "kept, ours, last layer on kept rows")["last layer"]
+    assert rows * 1e12 == pytest.approx(2 * step_account.num_rows(tokens, True) * s.hidden * s.ffn)
+    assert step_account.layer_bytes(s, output=True) - step_account.layer_bytes(s) == 2 * s.hidden
+    model = load_model("1.7B")
+    done, useful = operations_of(model, tokens, 4096, 0, recompute=True)
+    assert done - useful == pytest.approx(model.trunk_operations(tokens) + model.attention_operations(tokens, 4096) - product)
+    assert operations_of(model, tokens, 4096, 0, recompute=False) == (useful, useful)
+    experts = load_model("30B-A3B")
+    done, useful = operations_of(experts, tokens, 4096, 0, recompute=True)
+    assert done - useful == pytest.approx(experts.trunk_operations(tokens) + experts.attention_operations(tokens, 4096))
+
+
 def test_wrong_numbers_fail_the_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(divergence, "divergence_from_logits", lambda s, t, kind, **_: divergence.plain(s * 1.1, t, kind))
     monkeypatch.setattr("sys.argv", ["benchmarks/divergence.py", "--quick", "--out", str(tmp_path)])
