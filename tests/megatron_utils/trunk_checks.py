@@ -41,6 +41,45 @@ def test_rotation(heads, size, dtype, back):
         torch.testing.assert_close(found, trunk_ops._rotated(x, *turns, back), **tolerance(dtype, 0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(5, 3, 16), (9, 16, 128), (17, 40, 64), (2, 33, 128)])
+def test_norm_and_rotation_and_their_gradients(tokens, heads, size, dtype):
+    angles = torch.arange(tokens, device=DEVICE)[:, None] * torch.rand(size // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    turns = angles.cos().to(dtype), angles.sin().to(dtype)
+    joint, grad = _random(tokens, heads, size + 8, dtype=dtype), _random(tokens, heads, size, dtype=dtype, seed=2)
+    weight = (1 + 0.1 * _random(size, dtype=dtype, seed=3)).requires_grad_()
+    for start in (0, 8):
+        x = joint.clone().requires_grad_()
+        part = x[..., start : start + size]
+        found, scale = triton_trunk.norm_rotate(part.detach(), weight.detach(), 1e-6, *turns)
+        expected = trunk_ops.norm_rotate(part, weight, 1e-6, *turns)
+        torch.testing.assert_close(found, expected.detach(), **tolerance(dtype, 2e-2))
+        wanted = torch.autograd.grad(expected, (x, weight), grad)
+        grad_x, grad_weight = triton_trunk.norm_rotate_backward(grad, part.detach(), weight.detach(), scale, *turns)
+        for got, want in ((grad_x, wanted[0][..., start : start + size]), (grad_weight, wanted[1])):
+            error = (got.float() - want.float()).abs().max() / want.float().abs().max()
+            assert error < (0.03 if dtype == torch.bfloat16 else 0.004), error
+
+
+def test_functions_reach_the_kernels_and_differentiate(monkeypatch):
+    dtype = torch.float16
+    turns = tuple(torch.rand(6, 8, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE) for _ in range(2))
+    inputs = [_random(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(((6, 2, 16), (16,), (6, 2, 16), (6, 1, 24)))]
+
+    def results():
+        x, weight, y, both = inputs
+        outs = trunk_ops.norm_rotate(x, weight, 1e-6, *turns), trunk_ops.rotate(y, *turns), trunk_ops.swiglu(both * 1.0)
+        grads = torch.autograd.grad(outs, inputs, [_random(*o.shape, dtype=dtype, seed=9) for o in outs])
+        return [*outs, *grads], type(outs[0].grad_fn).__name__
+
+    expected, by_torch = results()
+    monkeypatch.setattr(trunk_ops, "_kernels", lambda x: triton_trunk)
+    found, by_kernels = results()
+    assert by_kernels == "_NormRotateBackward" != by_torch
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=5e-3, atol=5e-3)
+
+
 def test_rotation_of_other_heads_is_left_to_torch():
     assert not triton_trunk.takes_heads(torch.zeros(2, 3, 24, dtype=torch.bfloat16))
     assert not triton_trunk.takes_heads(torch.zeros(2, 3, 16))

@@ -24,7 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slime.backends.megatron_utils.trunk_ops import rotate
+from slime.backends.megatron_utils.trunk_ops import norm_rotate, rotate
 
 # All but cuDNN, which builds a plan for every new pair of lengths: with rows that differ from batch to batch that took longer than the step.
 _MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -81,6 +81,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
+        self.norms: tuple | None = None  # of queries and keys, where attention applies them (see DeferredNorm)
 
     def forward(
         self,
@@ -97,20 +98,26 @@ class PackedAttention(MegatronModule):
         layout = packed_seq_params
         k_Sgd, v_Sgd = self._keys(key, value, layout)
         out = segment_attention(
-            rotate(query.squeeze(1), *layout.turns), k_Sgd, v_Sgd, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv,
+            self._turn(query, 0, layout.turns), k_Sgd, v_Sgd, layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv,
             self.scale,
         )  # fmt: skip
         return out.reshape(out.size(0), 1, -1)
 
     def forward_rows(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
         """The same for the queries of `layout.last_layer_rows`: query [R, 1, h, d], key and value [T, 1, g, d] -> [R, 1, h x d]."""
-        turns = (x.index_select(0, layout.last_layer_rows) for x in layout.turns)
-        out = row_attention(rotate(query.squeeze(1), *turns), *self._keys(key, value, layout), layout.row_queries, self.scale)
+        turns = tuple(x.index_select(0, layout.last_layer_rows) for x in layout.turns)
+        out = row_attention(self._turn(query, 0, turns), *self._keys(key, value, layout), layout.row_queries, self.scale)
         return out.reshape(out.size(0), 1, -1)
+
+    def _turn(self, heads: Tensor, which: int, turns: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries (0) or keys (1) [T, 1, h, d] as they meet: normalised, where that was deferred, and turned; [T, h, d]."""
+        if self.norms is None:
+            return rotate(heads.squeeze(1), *turns)
+        return norm_rotate(heads.squeeze(1), self.norms[which].weight, self.norms[which].eps, *turns)
 
     def _keys(self, key: Tensor, value: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
         """Turned keys, and values, that this rank's segments attend to, [S, g, d] each."""
-        key, value = rotate(key.squeeze(1), *layout.turns), value.squeeze(1)
+        key, value = self._turn(key, 1, layout.turns), value.squeeze(1)
         if self.cp_group.size() == 1:
             return key, value
         both = _AllGather.apply(torch.cat([key, value], dim=-1), self.cp_group)

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from slime.backends.megatron_utils.attention import PackedLayout
+from slime.backends.megatron_utils.norms import DeferredNorm, RMSNorm
 from slime.backends.megatron_utils.recompute import unused_sum
 from slime.backends.megatron_utils.rows import gather_rows
 from slime.backends.megatron_utils.trunk_ops import swiglu
@@ -38,6 +39,10 @@ class RowSelectingLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         if type(self.mlp) is MLP and not self.config.use_te_activation_func:
             self.mlp.__class__ = GatedMLP  # same parameters, other forward
+        attention = self.self_attention
+        if type(attention.q_layernorm) is type(attention.k_layernorm) is RMSNorm:
+            attention.q_layernorm.__class__ = attention.k_layernorm.__class__ = DeferredNorm  # same parameters
+            attention.core_attention.norms = (attention.q_layernorm, attention.k_layernorm)  # in a tuple: no modules of its own
         self.is_last = self.layer_number == self.config.num_layers
         self.can_select_queries = type(self.self_attention.linear_qkv) is ColumnParallelLinear
         if self.is_last and self.can_select_queries:

@@ -13,15 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slime.backends.megatron_utils.attention import PackedAttention
 from slime.backends.megatron_utils.last_layer import RowSelectingLayer
+from slime.backends.megatron_utils.norms import RMSNorm
 from ta_opd.errors import ConfigError
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMS norm that works with sequence parallelism: the weight is marked, so that its gradient is summed over TP."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def block_spec(config: TransformerConfig, implementation: str = "local") -> TransformerBlockSubmodules:

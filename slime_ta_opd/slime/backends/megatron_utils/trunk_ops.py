@@ -1,6 +1,6 @@
-"""Elementwise operations of a layer as few passes over memory: rotary positions and the gated activation.
+"""Elementwise operations of a layer in few passes over memory: rotary positions, with the norm of heads before, and the gated activation.
 
-Each has a torch body for any device; on CUDA with Triton one kernel reads and writes every value once. Both round where
+Each has a torch body for any device; on CUDA with Triton one kernel reads and writes every value once. All round where
 autograd of the plain expression rounds.
 
 Shape letters: T packed tokens, h heads, d head size, F MLP width of this rank.
@@ -65,6 +65,29 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     plus.add_((second if back else first) * sin)
     minus.sub_((first if back else second) * sin)
     return out
+
+
+def norm_rotate(x_Thd: Tensor, weight_d: Tensor, eps: float, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
+    """RMS norm of every head, then `rotate`; [T, h, d], contiguous."""
+    if (ops := _kernels(x_Thd)) and ops.takes_heads(x_Thd) and weight_d.dtype == x_Thd.dtype:
+        return _NormRotate.apply(x_Thd, weight_d, eps, cos_Tc, sin_Tc, ops)
+    return rotate(F.rms_norm(x_Thd, (x_Thd.size(-1),), weight_d, eps), cos_Tc, sin_Tc)
+
+
+class _NormRotate(torch.autograd.Function):
+    """By the kernels of `ops`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, ops) -> Tensor:
+        out, scale = ops.norm_rotate(x, weight, eps, cos, sin)
+        ctx.save_for_backward(x, weight, scale, cos, sin)
+        ctx.ops = ops
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return (*ctx.ops.norm_rotate_backward(grad, *ctx.saved_tensors), None, None, None, None)
 
 
 def swiglu(both: Tensor) -> Tensor:
