@@ -6,6 +6,8 @@ page cache, and needs no /dev/shm. Workers are forked before the device is touch
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -44,7 +46,7 @@ def choose(rule: Rule, arrays: Mapping[str, np.ndarray], lengths: Sequence[int])
     valid = np.ones(len(sampled), bool)
     found = select_tokens(metrics, valid, lengths_N, config, rollout_id=rule.rollout, student=student, teacher=teacher, sampled_ids=sampled)
     means = {name: float(np.mean(metrics[name])) for name in MEANS}
-    kept = {f"{name}_kept": float(np.mean(metrics[name][found.keep])) for name in ("Cmass", "KLf_union")} if found.keep.any() else {}
+    kept = {f"{name}_kept": float(np.mean(metrics[name][found.keep])) for name in ("Cmass", "KLf_union", "sampled_reverse_kl")} if found.keep.any() else {}
     return found.weights, {**means, **kept, "Cmass_sd": float(np.std(metrics["Cmass"])), "tokens": len(valid), "kept": int(found.keep.sum())}
 
 
@@ -76,6 +78,13 @@ def _work(key: tuple, run: int, rule: Rule, lengths: list[int]) -> tuple[np.ndar
     return choose(rule, _table(*key).of(run, sum(lengths)), lengths)
 
 
+def _start_worker() -> None:
+    """A worker leaves signals to its parent and ends with it."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _ready() -> None:
     """A task that makes the pool fork."""
 
@@ -86,7 +95,7 @@ class Chooser:
     def __init__(self, workers: int, runs: int, rows: int, k: int):
         self._folder = tempfile.TemporaryDirectory(prefix="behaviour-")
         self._table = Table(str(Path(self._folder.name) / "table"), runs, rows, k)
-        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("fork")) if workers else None
+        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_start_worker) if workers else None
         if self._pool is not None:
             self._pool.submit(_ready).result()
 

@@ -120,7 +120,7 @@ def arm_table(best: pd.DataFrame) -> pd.DataFrame:
 
 
 def picture(table: pd.DataFrame, start: dict, path: Path, teacher: float) -> None:
-    """Accuracy and forward KL of every selector, one colour a budget, one column a loss; the initial student and full supervision as lines."""
+    """Accuracy and forward KL of every selector, a pair of panels a loss, one colour a budget; the initial student and full supervision as lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,30 +128,47 @@ def picture(table: pd.DataFrame, start: dict, path: Path, teacher: float) -> Non
 
     losses = list(dict.fromkeys(table["loss"]))
     names = [n for n in table.groupby("selector")["accuracy"].mean().sort_values().index if n != "full"]
-    figure, axes = plt.subplots(len(losses), 2, figsize=(12, len(losses) * (1.2 + 0.3 * len(names))), squeeze=False, layout="constrained")
     budgets = sorted(b for b in table["budget"].unique() if b < 1)
     colours = dict(zip(budgets, plt.get_cmap("viridis")(np.linspace(0.1, 0.8, max(len(budgets), 1))), strict=True))
-    for row, loss in enumerate(losses):
-        part = table[table["loss"] == loss]
-        for column, (name, label) in enumerate((("accuracy", "held-out accuracy"), ("KLf", "KL(teacher || student) on frozen contexts, nats"))):
-            axis = axes[row, column]
-            for b, budget in enumerate(budgets):
-                arm = part[part["budget"] == budget].set_index("selector")
-                at = [i + 0.22 * (b - (len(budgets) - 1) / 2) for i, n in enumerate(names) if n in arm.index]
-                there = arm.loc[[n for n in names if n in arm.index]]
-                axis.errorbar(there[name], at, xerr=there[f"{name}_ci"].fillna(0), fmt="o", ms=4, color=colours[budget], label=f"{budget:.0%}", lw=1)
-            full = part[part["selector"] == "full"]
-            if len(full):
-                axis.axvline(full[name].iloc[0], color="black", lw=1, label="full")
-            axis.axvline(start[name], color="0.6", lw=1, ls="--", label="initial student")
-            axis.set_yticks(range(len(names)), names)
-            axis.set_xlabel(label)
-            axis.grid(axis="x", color="0.9")
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set_title(loss, loc="left", fontsize=10)
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+    figure, axes = plt.subplots(1, 2 * len(losses), figsize=(2.6 + 3.3 * 2 * len(losses), 2.2 + 0.27 * len(names)), sharey=True, squeeze=False, layout="constrained")
+    labels = {"accuracy": "held-out problems solved, %", "KLf": "KL(teacher || student), frozen contexts, nats"}
+    for axis, (loss, name) in zip(axes[0], ((loss, name) for loss in losses for name in labels), strict=True):
+        scale, part = 100 if name == "accuracy" else 1, table[table["loss"] == loss]
+        for i in range(0, len(names), 2):
+            axis.axhspan(i - 0.5, i + 0.5, color="0.96", zorder=0)
+        for b, budget in enumerate(budgets):
+            arm = part[part["budget"] == budget].set_index("selector")
+            at = [i + 0.24 * ((len(budgets) - 1) / 2 - b) for i, n in enumerate(names) if n in arm.index]
+            there = arm.loc[[n for n in names if n in arm.index]]
+            axis.errorbar(scale * there[name], at, xerr=scale * there[f"{name}_ci"].fillna(0), fmt="o", ms=3.5, color=colours[budget], label=f"{budget:.0%} of tokens", lw=1)
+        full = part[part["selector"] == "full"]
+        if len(full):
+            value, half = scale * full[name].iloc[0], scale * full[f"{name}_ci"].iloc[0]
+            axis.axvline(value, color="black", lw=1, label="full (100 %) and its interval")
+            if np.isfinite(half):
+                axis.axvspan(value - half, value + half, color="black", alpha=0.08, lw=0, zorder=0)
+        axis.axvline(scale * start[name], color="crimson", lw=1, ls="--", label="initial student")
+        axis.set_xlim(*_limits([*(scale * part[name]), scale * start[name]], scale * part[f"{name}_ci"]))
+        axis.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel=labels[name])
+        axis.tick_params(axis="y", length=0, labelsize=9)
+        axis.grid(axis="x", color="0.88")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.set_title(loss, loc="left", fontsize=10)
+    seeds = sorted(table["seeds"].unique())
+    over = "one seed (no intervals)" if seeds[-1] == 1 else f"means and 95 % t-intervals over {seeds[-1] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'} seeds"
+    figure.suptitle(f"On-policy distillation with each selector: {over}, equal numbers of responses\n"
+                    f"initial student solves {start['accuracy']:.1%}, teacher {teacher:.1%}; selectors by mean accuracy; intervals may go on beyond the axes", fontsize=11)  # fmt: skip
+    handles = dict(pair[::-1] for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _limits(values: list[float], halves: pd.Series) -> tuple[float, float]:
+    """An axis for all values and for intervals of usual width; with few seeds a single one may be ten times as wide."""
+    beside = 1.5 * float(halves.median()) if halves.notna().any() else 0.0
+    room = max(beside, 0.05 * (max(values) - min(values)), 1e-3)
+    return min(values) - room, max(values) + room
 
 
 def export(state: dict, like: Path, folder: Path) -> Path:
@@ -198,21 +215,23 @@ def regressions(frozen: Frozen, states: Path, best: pd.DataFrame, device: torch.
 
 
 def report(folder: Path, best: pd.DataFrame, rollouts: pd.DataFrame, tables: dict[str, pd.DataFrame], start: dict, facts: dict, size: Size) -> Path | None:
-    """The project's report of the runs at 10 % (or the middle budget) and full supervision, of the last loss."""
+    """The project's report of the runs at 10 % (or the middle budget) and full supervision, of the last loss that has any."""
     from ta_opd.report.build import Options, build_report
     from ta_opd.report.loading import FIXED_CONTEXT_FILE
 
-    budget, loss = sorted(size.budgets)[len(size.budgets) // 2], size.losses[-1]
-    chosen = best[(best["loss"] == loss) & best["selector"].isin(SHOWN) & best["budget"].isin((budget, 1.0))]
-    if chosen.empty:
+    budget = sorted(size.budgets)[len(size.budgets) // 2]
+    shown = best[best["selector"].isin(SHOWN) & best["budget"].isin((budget, 1.0))]
+    if shown.empty:
         return None
+    loss = [loss for loss in size.losses if loss in set(shown["loss"])][-1]
+    chosen = shown[shown["loss"] == loss]
     home = folder / "report_runs"
     shutil.rmtree(home, ignore_errors=True)
     for row in chosen.itertuples():
         run = home / row.run
         run.mkdir(parents=True)
         own = rollouts[rollouts["run"] == row.run]
-        lines = [{"rollout_id": int(r.rollout), "rollout/reverse_kl_valid": r.sampled_reverse_kl, "rollout/kept_tokens": r.kept, "rollout/valid_tokens": r.tokens,
+        lines = [{"rollout_id": int(r.rollout), "rollout/reverse_kl_valid": r.sampled_reverse_kl, "rollout/reverse_kl_kept": r.sampled_reverse_kl_kept, "rollout/kept_tokens": r.kept, "rollout/valid_tokens": r.tokens,
                   "rollout/response_length": r.tokens / size.prompts, "train/loss": r.loss, "train/grad_norm": r.grad_norm} for r in own.itertuples()]  # fmt: skip
         (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         evals = [{"rollout_id": -1, "dataset": "heldout", "accuracy": start["accuracy"]}, {"rollout_id": size.rollouts - 1, "dataset": "heldout", "accuracy": row.accuracy}]

@@ -14,6 +14,7 @@ rollouts.parquet, report.html and result.json. A call that was stopped is gone o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -235,16 +236,23 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def stop_on_signals() -> None:
-    """SIGTERM and SIGINT end training where it is, once; then what is done is written."""
+@contextlib.contextmanager
+def stopping_on_signals():
+    """SIGTERM and SIGINT end training where it is, once, with OutOfTime; then what is done is written."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(number, _) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise OutOfTime(f"stopped by {signal.Signals(number).name}: call again to train the group anew")
 
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in before:
         signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def run(args, size: Size, chooser: Chooser, began: float) -> int:
@@ -292,8 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--output-dir: expected a directory")
     workers = args.workers if args.workers is not None else 0 if args.device == "cpu" else max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     import_transformers().utils.logging.disable_progress_bar()
-    with Chooser(workers, size.group, size.prompts * size.response, size.k) as chooser:  # before CUDA starts
-        stop_on_signals()
+    with Chooser(workers, size.group, size.prompts * size.response, size.k) as chooser, stopping_on_signals():  # workers before CUDA starts
         try:
             return run(args, fitted(size) if args.device == "cuda" else size, chooser, began)
         except OutOfTime as stopped:

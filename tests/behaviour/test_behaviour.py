@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -323,11 +325,39 @@ def test_workers_choose_what_is_chosen_without_them():
         assert np.array_equal(here[0], there[0]) and here[1] == there[1] and here[1]["kept"] >= 3
 
 
-def test_a_tiny_run_gives_tables_pictures_and_goes_on_where_it_stopped(tmp_path, capsys):
-    words = ["--size", "tiny", "--device", "cpu", "--output-dir", str(tmp_path)]
+@pytest.mark.parametrize("free, group", [(140, 56), (50, 28), (1, 1)])
+def test_groups_shrink_to_what_is_free_on_the_device(monkeypatch, free, group):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 140 * 2**30))
+    size = behaviour.fitted(SIZES["gpu"])
+    assert size.group == group and (group == 1 or behaviour.memory(size)["peak"] < 0.9 * free * 2**30)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_a_tiny_run_gives_tables_pictures_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    words, handler = ["--size", "tiny", "--device", "cpu", "--output-dir", str(tmp_path)], signal.getsignal(signal.SIGTERM)
     assert behaviour.main([*words, "--seconds", "-1000"]) == 0
     assert json.loads((tmp_path / "result.json").read_text())["complete"] is False
-    assert behaviour.main(words) == 0
+
+    trained, train = [], Distiller.train
+
+    def stopped_in_the_second_group(self, runs, on_rollout):
+        def stop(stack, rollout):
+            on_rollout(stack, rollout)
+            if len(trained) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trained.append(runs)
+        return train(self, runs, stop)
+
+    monkeypatch.setattr(Distiller, "train", stopped_in_the_second_group)
+    assert behaviour.main(words) == 0 and signal.getsignal(signal.SIGTERM) == handler
+    partly = json.loads((tmp_path / "result.json").read_text())
+    assert partly["complete"] is False and partly["runs"] == len(trained[0]) and len(trained) == 2 and partly["regressed"]
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+    for made in ("runs.csv", "arms.csv", "arms.png", "rollouts.parquet", "regression.csv", "report.html"):
+        (tmp_path / made).unlink()
+    monkeypatch.undo()
+    assert behaviour.main(words) == 0 and not (tmp_path / "states").exists()
     assert behaviour.main([*words, "--rollouts", "9"]) == 2 and "expected groups of the same settings" in capsys.readouterr().err
     result, runs = json.loads((tmp_path / "result.json").read_text()), pd.read_csv(tmp_path / "runs.csv")
     assert result["complete"] and len(runs) == plan.number_of_runs(TINY) == result["of"]
