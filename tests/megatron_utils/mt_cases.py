@@ -317,23 +317,26 @@ def exact(rank, ranks, port, model, data, **changes) -> dict:
 
 
 def recompute_gradients(rank, ranks, port, model, data, **changes) -> dict:
-    """Gradients of one step, this rank's: recomputed in full, without what is not read, and not recomputed; counted products."""
+    """Gradients of one step, this rank's: recomputed in full, without what is not read, not recomputed, without Triton kernels; counted
+    products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from slime.backends.megatron_utils import cpu_runtime, packing
+    from slime.backends.megatron_utils import cpu_runtime, packing, trunk_ops
     from slime.backends.megatron_utils.model import unwrap
 
     trainer, _ = make_trainer(rank, ranks, port, model, **changes)
     own = trainer.prepare(mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size))
     step, block = own["steps"][0], unwrap(trainer.model).decoder
     grads, operations = {}, {}
-    for name, leave_out, granularity in (("all", False, "full"), ("left out", True, "full"), ("kept", True, None)):
-        block.leave_out, block.config.recompute_granularity = leave_out, granularity
+    ways = {"all": (False, "full", True), "left out": (True, "full", True), "kept": (True, None, True), "torch": (True, "full", False)}
+    for name, way in ways.items():
+        block.leave_out, block.config.recompute_granularity, trunk_ops.KERNELS = way
         trainer.model.zero_grad_buffer()
         with cpu_runtime.cpu_runtime(), FlopCounterMode(display=False) as counter:
             trainer.stepper.gradients(own, step)
         grads[name] = [p.main_grad.clone() for p in trainer.model.parameters()]
         operations[name] = counter.get_total_flops()
+    trunk_ops.KERNELS = True
     per_block = changes["recompute_num_layers"] if changes["recompute_method"] == "uniform" else 1
     covered = len(block.layers) if changes["recompute_method"] == "uniform" else changes["recompute_num_layers"]
     ends = [layer for i, layer in enumerate(block.layers, 1) if i % per_block == 0 and i <= covered and layer.can_leave_out]
@@ -347,8 +350,10 @@ def recompute_gradients(rank, ranks, port, model, data, **changes) -> dict:
             products += 2 * size * layer.mlp.linear_fc2.weight.numel()
     return {
         "equal": {name: all(torch.equal(a, b) for a, b in zip(grads["all"], g, strict=True)) for name, g in grads.items()},
+        "error": {name: max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(grads["all"], g, strict=True))
+                  for name, g in grads.items()},
         "size": sum(float(g.abs().sum()) for g in grads["all"]),
         "saved": operations["all"] - operations["left out"],
         "products": products,
         "row_queries": sum(b.layout.row_queries is not None for b in batches),
-    }
+    }  # fmt: skip

@@ -52,6 +52,20 @@ def test_bf16_is_within_its_precision(pool, models, references, layout):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2", "pp2"])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_recompute_and_kernels_of_the_layers(pool, models, layout, bf16, family):
+    """Without a block's output as with it, and with the Triton kernels as with torch's, but for the order of sums."""
+    needs(LAYOUTS[layout])
+    results = pool.run("recompute_gradients", model=models(family), data=data(), fp32=not bf16, bf16=bf16, recompute_granularity="full",
+                       recompute_method="uniform", recompute_num_layers=1, **LAYOUTS[layout])  # fmt: skip
+    for found in results:
+        assert found["saved"] == found["products"] > 0 and 0 < found["size"] < float("inf")
+        for name, error in found["error"].items():
+            assert error < (0.05 if bf16 else 1e-4), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "cp2", "pp2"])
 def test_last_layer_on_kept_rows(pool, models, layout, bf16):
     """The masked kernel of a few rows' queries against causal attention of all."""
     needs(LAYOUTS[layout])
