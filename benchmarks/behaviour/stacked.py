@@ -146,7 +146,7 @@ class Stack:
         runs, batch = chosen_RB.shape
         n, total, s = runs * batch, len(slots_S), self.shape
         x, rope = self._embed(chosen_RB), self._rope(place_N.view(runs, batch))
-        seen = (slots_S <= place_N[:, None])[:, None, None]
+        unseen = torch.zeros(n, total, dtype=self._dtype(), device=self.device).masked_fill_(slots_S > place_N[:, None], -torch.inf)[:, None, None]
         slot_N = rows_N * total + place_N
         for layer, cache in enumerate(caches):
             q, k, v = self._qkv(layer, x, rope)
@@ -154,7 +154,7 @@ class Stack:
                 own.view(n * total, -1).index_copy_(0, slot_N, new.reshape(n, -1))
             # The query heads that share a key are rows of one small product: no key is repeated.
             grouped = q.reshape(n, s.kv_heads, s.heads // s.kv_heads, s.head_dim)
-            attended = F.scaled_dot_product_attention(grouped, *cache.transpose(2, 3), attn_mask=seen)
+            attended = F.scaled_dot_product_attention(grouped, *cache.transpose(2, 3), attn_mask=unseen)
             x = self._after(layer, x, attended.reshape(runs, batch, -1))
         return self._last_logits(x)
 
