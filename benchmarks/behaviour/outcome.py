@@ -165,10 +165,10 @@ def picture(table: pd.DataFrame, start: dict, path: Path, teacher: float) -> Non
 
 
 def _limits(values: list[float], halves: pd.Series) -> tuple[float, float]:
-    """An axis for all values and for intervals of usual width; with few seeds a single one may be ten times as wide."""
+    """An axis for all values, none of them negative, and for intervals of usual width; with few seeds a single one may be ten times as wide."""
     beside = 1.5 * float(halves.median()) if halves.notna().any() else 0.0
     room = max(beside, 0.05 * (max(values) - min(values)), 1e-3)
-    return min(values) - room, max(values) + room
+    return max(min(values) - room, -0.02 * max(values)), max(values) + room
 
 
 def export(state: dict, like: Path, folder: Path) -> Path:

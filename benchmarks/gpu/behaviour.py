@@ -149,6 +149,7 @@ class Session:
         file = self._file(number)
         if file.is_file():
             self.runs_left -= len(runs)
+            self.longest = max(self.longest, pickle.loads(file.read_bytes())["seconds"])
             return True
         if time.time() + 1.1 * self.longest > deadline:
             say(f"stopped at the time limit: {number} groups are done; call again to go on")
