@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -80,12 +81,14 @@ def memory(size: Size) -> dict[str, float]:
     return found | {"peak": found["weights"] + found["bf16 weights"] + found["teacher and its frozen scores"] + peak}
 
 
-def fitted(size: Size) -> Size:
-    """The size with groups small enough for what is free on the device, a tenth of it spared; says what it takes."""
+def fitted(size: Size, folder: Path) -> Size:
+    """The size with groups as in the folder, or where it has none small enough for what is free on the device, a tenth of it spared."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # builds a plan for every shape, and every rollout has its own
     free, whole = torch.cuda.mem_get_info()
-    while size.group > 1 and memory(size)["peak"] > 0.9 * free:
+    begun = any(folder.glob("groups/*.pickle")) and json.loads((folder / "size.json").read_text())["group"]
+    while not begun and size.group > 1 and memory(size)["peak"] > 0.9 * free:
         size = replace(size, group=size.group // 2)
+    size = replace(size, group=min(begun or size.group, size.group))
     say(f"groups of {size.group} runs, at most about {memory(size)['peak'] / 2**30:.0f} GiB; {free / 2**30:.0f} of {whole / 2**30:.0f} GiB are free")
     return size
 
@@ -208,15 +211,23 @@ class Session:
         steps.to_parquet(self.folder / "rollouts.parquet", index=False)
         outcome.picture(arms, self.start, self.folder / "arms.png", self.facts["teacher"]["heldout"])
         tables, page, left_out = {}, None, []
-        try:  # a machine for training may lack statsmodels or jinja2: the tables above are worth having all the same
+
+        @contextlib.contextmanager
+        def if_it_can(what: str) -> Iterator[None]:
+            """A machine for training may lack statsmodels or jinja2, or the device be lost: the tables above are worth having all the same."""
+            try:
+                yield
+            except (ImportError, TaOpdError, ValueError, RuntimeError) as error:
+                left_out.append(f"{what}: {type(error).__name__}: {error}")
+                say(f"left out: {left_out[-1]}")
+
+        with if_it_can("regression"):
             summary, coefficients, tables = outcome.regressions(self.frozen, self.states, best, self.device, say, deadline)
             if tables:
                 summary.to_csv(self.folder / "regression.csv", index=False, float_format="%.6g")
                 coefficients.to_csv(self.folder / "regression_coefficients.csv", index=False, float_format="%.6g")
+        with if_it_can("report"):
             page = outcome.report(self.folder, best, steps, tables, self.start, self.facts, self.size)
-        except (ImportError, TaOpdError, ValueError, RuntimeError) as error:
-            left_out.append(f"regression or report: {type(error).__name__}: {error}")
-            say(f"left out: {left_out[-1]}")
         last = steps[steps["rollout"] == 0]
         result = {"complete": complete, "runs": len(table), "of": plan.number_of_runs(self.size), "models": self.facts, "start": self.start,
                   "compatibility_sd": float(last["Cmass_sd"].mean()), "mean_compatibility": float(last["Cmass"].mean()), "sentences": outcome.sentences(arms),
@@ -303,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     import_transformers().utils.logging.disable_progress_bar()
     with Chooser(workers, size.group, size.prompts * size.response, size.k) as chooser, stopping_on_signals():  # workers before CUDA starts
         try:
-            return run(args, fitted(size) if args.device == "cuda" else size, chooser, began)
+            return run(args, fitted(size, args.output_dir) if args.device == "cuda" else size, chooser, began)
         except OutOfTime as stopped:
             say(f"{stopped}; the models were not trained yet")
             return 0

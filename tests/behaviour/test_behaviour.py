@@ -326,10 +326,14 @@ def test_workers_choose_what_is_chosen_without_them():
 
 
 @pytest.mark.parametrize("free, group", [(140, 56), (50, 28), (1, 1)])
-def test_groups_shrink_to_what_is_free_on_the_device(monkeypatch, free, group):
+def test_groups_shrink_to_what_is_free_on_the_device_and_stay_as_begun(monkeypatch, tmp_path, free, group):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 140 * 2**30))
-    size = behaviour.fitted(SIZES["gpu"])
+    size = behaviour.fitted(SIZES["gpu"], tmp_path)
     assert size.group == group and (group == 1 or behaviour.memory(size)["peak"] < 0.9 * free * 2**30)
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups/0000.pickle").touch()
+    (tmp_path / "size.json").write_text('{"group": 28}')
+    assert behaviour.fitted(SIZES["gpu"], tmp_path).group == 28
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
