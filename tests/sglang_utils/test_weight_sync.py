@@ -116,3 +116,31 @@ def test_the_port_where_the_engines_meet_is_held_from_its_choice():
     assert store.get("engine") == b"is here"
     group.close()
     assert engine.left == "weights"
+
+
+def test_ranks_that_broadcast_have_the_engines_nccl_settings(monkeypatch):
+    """SGLang sets both to 0 where they are not set; NCCL fails at the first broadcast between ranks that differ in the first."""
+    from slime.ray.actor_group import rank_environment
+
+    for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    apart = SimpleNamespace(device="cuda", weight_sync="auto", colocate=False)
+    assert rank_environment(apart).items() >= {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}.items()
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")  # the servers inherit it as well
+    assert rank_environment(apart)["NCCL_CUMEM_ENABLE"] == "1"
+    for other in ({"colocate": True}, {"weight_sync": "disk"}, {"device": "cpu"}):
+        assert not any(name.startswith("NCCL") for name in rank_environment(SimpleNamespace(**{**vars(apart), **other})))
+
+
+def test_a_group_whose_broadcast_failed_is_not_waited_for(monkeypatch):
+    """Over NCCL, destroying it would wait for the broadcast."""
+    from torch.distributed import distributed_c10d as c10d
+
+    done = []
+    monkeypatch.setattr(c10d, "_abort_process_group", lambda group: done.append(("abort", group)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: done.append(("destroy", group)))
+    for backend, failed, expected in (("nccl", True, "abort"), ("nccl", False, "destroy"), ("gloo", True, "destroy")):
+        group = WeightGroup(SimpleNamespace(urls=[]), 1, backend, "127.0.0.1", "weights")
+        group.group = "the group"
+        group.close(failed)
+        assert done.pop() == (expected, "the group") and not done and group.group is None

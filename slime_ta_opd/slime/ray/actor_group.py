@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import ray
 
+from slime.backends.sglang_utils.weight_sync import choose_way
 from slime.ray.calls import ProcessLost, get
 from slime.ray.placement import Placement
 from slime.ray.train_actor import TrainActor
@@ -19,6 +21,20 @@ def create_actor_group(args, placement: Placement) -> ActorGroup:
     return ActorGroup(args, placement)
 
 
+def rank_environment(args) -> dict[str, str]:
+    """Environment variables of a rank.
+
+    Ranks that send weights over NCCL need what SGLang sets in its own processes unless the user has: two processes of which one takes
+    its buffers from cuMem and the other does not cannot open each other's (NCCL: "invalid argument" at the first broadcast).
+    """
+    if args.device == "cpu":
+        return {"OMP_NUM_THREADS": "1"}
+    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if choose_way(args.weight_sync, args.colocate, args.device) == "distributed":
+        env |= {name: os.environ.get(name, "0") for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")}
+    return env
+
+
 class ActorGroup:
     def __init__(self, args, placement: Placement):
         self.args, self.placement = args, placement
@@ -29,11 +45,11 @@ class ActorGroup:
     def _start(self) -> None:
         nodes: dict[str, int] = {}
         self.actors = []
-        threads = {"OMP_NUM_THREADS": "1"} if self.args.device == "cpu" else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        env = rank_environment(self.args)
         for rank, slot in enumerate(self.placement.layout.trainer):
             node = self.placement.slots[slot].node
             local = nodes[node] = nodes.get(node, -1) + 1
-            options = self.placement.options(slot, env=threads)
+            options = self.placement.options(slot, env=env)
             local_device = local if self.args.device == "cpu" else 0  # a rank sees its own GPU only
             self.actors.append(TrainActor.options(**options).remote(self.args, rank, self.args.world_size, local_device))
         address = ray.get(self.actors[0].address.remote())

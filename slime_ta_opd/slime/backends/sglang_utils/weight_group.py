@@ -117,8 +117,8 @@ class WeightGroup:
         if bucket.tensor.is_cuda:
             torch.cuda.synchronize()
 
-    def close(self) -> None:
-        """Leaves the group on both ends; an engine that is gone is passed over."""
+    def close(self, failed: bool = False) -> None:
+        """Leaves the group on both ends; an engine that is gone is passed over. failed: a broadcast may still be under way."""
 
         async def dismiss():
             results = await asyncio.gather(
@@ -135,5 +135,8 @@ class WeightGroup:
         self.listener.close()
         loop.run(dismiss())
         if self.group is not None:
-            dist.destroy_process_group(self.group)
+            if failed and self.backend == "nccl":
+                c10d._abort_process_group(self.group)  # destroying would wait for a broadcast that nobody will receive
+            else:
+                dist.destroy_process_group(self.group)
             self.group = None

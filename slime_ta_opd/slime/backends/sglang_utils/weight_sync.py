@@ -107,7 +107,7 @@ class WeightSender:
                 size += flat.tensor.numel()
                 self.group.send(flat, version if last else None)
         except BaseException:
-            self.group.close()
+            self.group.close(failed=True)
             self.group = None
             raise
         return size
