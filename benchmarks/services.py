@@ -112,6 +112,8 @@ class Bench:
         self.rng = np.random.default_rng(0)
         self.rows: list[dict] = []
         self.servers: list[SGLangServer] = []
+        if o.json:
+            Path(o.json).parent.mkdir(parents=True, exist_ok=True)  # before minutes of work whose rows have to go there
         cuda = o.device == "cuda"
         self.names = ("1.7B", "4B") if cuda else ("tiny", "tiny")
         longest = max([o.response_len, *(load.tokens for load in o.loads)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from benchmarks import decode_log, fit_serving
-from benchmarks.services import LOADS, Load
+from benchmarks.services import LOADS, Bench, Load, options
 from slime.planning.models import load_model
 from slime.planning.rates import Gpu, Rate, Rates
 from slime.planning.serving import DecodeStep, decode_step, prefill_seconds
@@ -159,3 +161,13 @@ def test_only_steady_intervals_of_a_log_count(tmp_path):
 def test_a_bad_load_is_named(word):
     with pytest.raises(ValueError, match="expected RESPONSESxTOKENS@K such as 256x1024@16"):
         Load.parse(word)
+
+
+def test_rows_reach_a_file_whose_folder_was_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "deeper" / "rows.json"
+    monkeypatch.setattr("sys.argv", ["services.py", "--device", "cuda", "--json", str(path)])
+    bench = Bench(options(), tmp_path)
+    assert path.parent.is_dir()  # before any server starts
+    bench.row("sync", round=0, seconds=0.05)
+    bench.stop()
+    assert json.loads(path.read_text()) == [{"part": "sync", "round": 0, "seconds": 0.05}]
