@@ -13,8 +13,8 @@ import torch.distributed as dist
 _state: dict = {}
 
 
-def join(rank: int, ranks: int, port: int) -> None:
-    """Leaves the groups of another layout (another port) and joins this world."""
+def join(rank: int, ranks: int, port: int, listener=None) -> None:
+    """Leaves the groups of another layout (another port) and joins this world; `listener`: rank 0's socket on that port."""
     from slime.backends.megatron_utils import distributed
 
     if _state.get("world") == (ranks, port):
@@ -22,7 +22,7 @@ def join(rank: int, ranks: int, port: int) -> None:
     distributed.leave_world()
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    distributed.init_world(rank, ranks, "127.0.0.1", port, minutes=5)
+    distributed.init_world(rank, ranks, "127.0.0.1", port, minutes=5, listener=listener)
     _state["world"] = (ranks, port)
 
 

@@ -17,12 +17,6 @@ LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context
           "expert_tensor_parallel_size")  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 class WorkerError(AssertionError):
     """A case failed on a rank; the text is the worker's traceback."""
 
@@ -41,13 +35,14 @@ class Pool:
             self.workers.append((process, here))
 
     def run(self, name: str, ranks: int, timeout: float = 240, **kwargs) -> list:
-        layout = (ranks, *(kwargs.get(name, 1) for name in LAYOUT))
+        layout, listener = (ranks, *(kwargs.get(name, 1) for name in LAYOUT)), None
         if layout != self.layout:
             if self.layout is not None and name != "leave":  # all ranks of the old world leave it together: NCCL waits for that
                 self.run("leave", self.layout[0], **dict(zip(LAYOUT, self.layout[1:], strict=True)))
-            self.layout, self.port = layout, free_port()
-        for _, pipe in self.workers[:ranks]:
-            pipe.send((name, ranks, self.port, kwargs))
+            self.layout, listener = layout, socket.create_server(("127.0.0.1", 0))  # held: other tests run meanwhile
+            self.port = listener.getsockname()[1]
+        for rank, (_, pipe) in enumerate(self.workers[:ranks]):
+            pipe.send((name, ranks, self.port, listener if rank == 0 else None, kwargs))
         results, failure = [], None
         for rank, (_, pipe) in enumerate(self.workers[:ranks]):
             if not pipe.poll(timeout if failure is None else 20):
@@ -56,6 +51,8 @@ class Pool:
             ok, value = pipe.recv()
             results.append(value)
             failure = failure or (None if ok else f"rank {rank}: {value}")
+        if listener is not None:
+            listener.close()
         if failure:
             raise WorkerError(failure)
         return results
@@ -79,11 +76,11 @@ def _work(rank: int, pipe) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            name, ranks, port, kwargs = pipe.recv()
+            name, ranks, port, listener, kwargs = pipe.recv()
         except (EOFError, OSError):
             os._exit(0)  # the pool is gone; gloo's threads would delay a regular exit by seconds
         try:
-            mt_cases.join(rank, ranks, port)
+            mt_cases.join(rank, ranks, port, listener)
             value = (True, getattr(mt_cases, name)(rank, ranks, port, **kwargs))
         except BaseException:
             value = (False, traceback.format_exc())

@@ -1,11 +1,12 @@
 """A full disk and kill -9 while saving: the checkpoint before is whole, nothing half-written counts, no key is stored."""
 
+import socket
 import time
 
 import pytest
 import torch
 from conftest import data
-from mt_pool import Pool, free_port
+from mt_pool import Pool
 
 
 @pytest.mark.parametrize("limit", [512, 20_000], ids=["first_file", "later_file"])
@@ -23,12 +24,14 @@ def test_kill_9_while_saving_leaves_the_newest_whole_checkpoint(pool, models, tm
     run, victim = tmp_path / "run", Pool(1)
     process, pipe = victim.workers[0]
     try:
-        pipe.send(("save_forever", 1, free_port(), {"model": models("qwen3"), "save": str(run)}))
+        listener = socket.create_server(("127.0.0.1", 0))
+        pipe.send(("save_forever", 1, listener.getsockname()[1], listener, {"model": models("qwen3"), "save": str(run)}))
         deadline = time.monotonic() + 200
         while not ((run / "iter_0000002").exists() and any(p.stat().st_size for p in run.glob(".iter_*.partial/*"))):
             assert time.monotonic() < deadline and process.is_alive()
         process.kill()  # some files of a checkpoint are written, it is not in place
         process.join()
+        listener.close()
     finally:
         victim.close()
     newest = int((run / "latest_checkpointed_iteration.txt").read_text())

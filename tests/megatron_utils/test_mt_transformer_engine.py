@@ -131,7 +131,7 @@ def test_bf16_is_as_near_to_the_dense_model_as_our_layers_are(engine, models, re
     found, own = (engine.run("train", 1, steps=0, **common, **impl)[0]["gradients"] for impl in (ENGINE, {}))
     for name, expected in reference["gradients"].items():
         ours, engines = (error(x[name], expected) for x in (own, found))
-        assert engines < max(2 * ours, 0.02), f"gradient of {name}: off by {engines:.3f}, in our layers by {ours:.3f}"
+        assert engines < max(2 * ours, 0.03), f"gradient of {name}: off by {engines:.3f}, in our layers by {ours:.3f}"
 
 
 def test_bf16_of_experts(engine, models, references):
