@@ -231,7 +231,7 @@ class Session:
         last = steps[steps["rollout"] == 0]
         result = {"complete": complete, "runs": len(table), "of": plan.number_of_runs(self.size), "models": self.facts, "start": self.start,
                   "compatibility_sd": float(last["Cmass_sd"].mean()), "mean_compatibility": float(last["Cmass"].mean()), "sentences": outcome.sentences(arms),
-                  "regressed": sorted(tables), "report": str(page) if page else None, "left_out": left_out, "seconds_training_and_measuring": seconds}  # fmt: skip
+                  "regressed": sorted(tables), "report": page.name if page else None, "left_out": left_out, "seconds_training_and_measuring": seconds}  # fmt: skip
         print("\n".join(["", arms.to_string(max_rows=60, float_format="%.4f"), "", *result["sentences"]]))
         return result
 

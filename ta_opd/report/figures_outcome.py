@@ -101,7 +101,8 @@ def _sizes(outcomes: dict[ArmKey, Outcome]) -> str:
     seeds = max((max(o.accuracy_after.seeds, o.kl_after.seeds) for o in some), default=1)
     parts = ([f"{prompts} prompts"] if prompts else []) + ([f"{contexts} frozen contexts"] if contexts else [])
     how = "drawn with replacement" if seeds < 2 else f"and {seeds} seeds drawn with replacement"
-    tail = "; one seed: it does not cover the choice of the seed" if seeds < 2 else ""
+    alone = seeds > 1 and not prompts and any(o.accuracy_after.known for o in some)
+    tail = "; one seed: it does not cover the choice of the seed" if seeds < 2 else "; of accuracy seeds alone, as Student's t" if alone else ""
     return f"{' and '.join(parts) or 'no per-prompt data'} {how}{tail}"
 
 

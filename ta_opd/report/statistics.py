@@ -6,11 +6,13 @@ Shape suffixes: S seeds, G prompts, B draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ta_opd.fixed_context.bootstrap import LEVELS, multiplicities, named_rng
 from ta_opd.report.loading import Run, eval_at, per_prompt
@@ -95,6 +97,22 @@ class Resampler:
         S, G = table.sums_SG.shape
         return from_draws(table.point, self.draw(table), G, S)
 
+    def of_means(self, means_S: Sequence[float]) -> Estimate:
+        """Of one mean a seed, its prompts unknown: Student's t-interval over seeds, of paired differences too, by shared normal draws a seed.
+
+        (Three seeds drawn with replacement reach no further than the three values.) One seed, or seeds that agree, tell no spread: no bounds.
+        """
+        if not means_S:
+            return UNKNOWN
+        S, spread = len(means_S), np.subtract(means_S, np.mean(means_S))
+        draws_B = np.full(self.draws, float(np.mean(means_S)))
+        if S > 1:
+            half_BS = named_rng(self.seed, "spread of seeds", S).standard_normal((-(-self.draws // 2), S))
+            error_B = np.concatenate([half_BS, -half_BS])[: self.draws] @ spread / math.sqrt(S * (S - 1))
+            draws_B += error_B * float(stats.t.ppf(LEVELS[1], S - 1) / stats.norm.ppf(LEVELS[1]))
+        known = from_draws(float(np.mean(means_S)), draws_B, 0, S)
+        return known if np.ptp(means_S) > 0 else replace(known, low=NAN, high=NAN)
+
 
 def from_draws(value: float, draws_B: np.ndarray, prompts: int, seeds: int) -> Estimate:
     """An Estimate from a point value and its draws."""
@@ -149,8 +167,7 @@ def outcome(runs: Sequence[Run], resampler: Resampler) -> Outcome:
         known = [s for s in series if s is not None]
         if known:
             return resampler.estimate(cluster_table([pd.DataFrame({"sum": s, "count": np.ones(len(s))}) for s in known]))
-        plain = [e["accuracy"] for run in runs if (e := eval_at(run, which))]
-        return Estimate(float(np.mean(plain)), NAN, NAN, np.full(resampler.draws, np.mean(plain)), 0, len(plain)) if plain else UNKNOWN
+        return resampler.of_means([e["accuracy"] for run in runs if (e := eval_at(run, which))])
 
     def divergence(column: str) -> Estimate:
         return resampler.estimate(cluster_table([context_sums(run.contexts, column) for run in runs if run.contexts is not None]))

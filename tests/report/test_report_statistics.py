@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from ta_opd.report import loading, statistics
 from ta_opd.report.statistics import Estimate, Resampler, cluster_table, difference, from_draws, outcome, relative_drop
@@ -97,3 +98,15 @@ def test_accuracy_without_prompts_has_a_value_and_no_interval(suite_dir):
         evaluation.pop("per_prompt")
     found = outcome([run], Resampler(100)).accuracy_after
     assert found.known and np.isnan(found.low)
+
+
+def test_accuracies_of_seeds_alone_have_the_intervals_of_so_few_and_paired_differences():
+    sampler = Resampler(4000)
+    a, b, same = (sampler.of_means(x) for x in ([0.48, 0.50, 0.49], [0.46, 0.46, 0.47], [0.5, 0.5, 0.5]))
+    half = stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
+    assert a.value == pytest.approx(0.49) and a.high - a.value == pytest.approx(half, rel=0.1) == a.value - a.low
+    gap = difference(a, b)
+    deviation = np.std([0.02, 0.04, 0.02], ddof=1)
+    assert gap.value == pytest.approx(0.08 / 3) and gap.high - gap.low == pytest.approx(2 * stats.t.ppf(0.975, 2) * deviation / np.sqrt(3), rel=0.1)
+    assert same.known and np.isnan(same.low) and difference(a, same).high - difference(a, same).low == pytest.approx(a.high - a.low)
+    assert not sampler.of_means([]).known and np.isnan(sampler.of_means([0.3]).low)
