@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from slime.planning.layout import Layout, Servers, Split
 from slime.planning.limits import CROWDED, limits
 from slime.planning.models import load_model
 from slime.planning.predict import Machine, Prediction, Task, predict
-from slime.planning.rates import STATUSES, load_rates
+from slime.planning.rates import STATUSES, Rates, load_rates
 from slime.planning.render import ROW_HEAD, markdown_limits, markdown_row
 from slime.planning.search import best_plan
 from slime.planning.workload import Workload
@@ -95,7 +96,7 @@ def measured_table(rates) -> list[str]:
     """The recorded steps beside their predictions."""
     whole_steps = rates.rates["reply_seconds"].status == "measured"  # services.py sampled more than 64 at once
     basis = {"generate": "measured" if whole_steps else "measured, with 64 at once", "score": "measured", "select": "calibrated: the GPU host's CPU",
-             "split": "calibrated", "train": "measured", "sync": "copy measured, pause calibrated", "total": ""}  # fmt: skip
+             "split": "calibrated", "train": rates.rates["train_layers_gain"].status, "sync": "copy measured, pause calibrated", "total": ""}  # fmt: skip
     lines = ["64 x 4 x 1,024, K = 16, budget 0.10, mask entropy, 256 responses at once, CUDA graphs up to 256 (`tools/plan_run.py --compare`):"]
     for topology, path in RECORDED.items():
         if not path.is_file():
@@ -107,8 +108,7 @@ def measured_table(rates) -> list[str]:
     missing = [PLACES[t][0].lower() + PLACES[t][1:] for t, path in RECORDED.items() if not path.is_file()]
     if missing:
         lines += ["", f"Not run as a whole: {'; '.join(missing)}."]
-    lines += ["", "Sampling, scoring and training come from benchmarks of these parts alone (`services.py`, `loss_rows.py --part step`), not from these runs; `select`,",
-              "`split` and the pause of a sync are the one-GPU step's own numbers and show nothing there."]  # fmt: skip
+    lines += ["", *what_it_rests_on(rates)]
     if not whole_steps:
         lines += ["What sampling rests on was measured with 64 responses at once, where a step was as long as the scheduler's Python; its part for each request",
                   "is taken to be the same with 256. The GPU's part of a step is a guess that no measurement here bounds. Three full garbage collections",
@@ -116,11 +116,23 @@ def measured_table(rates) -> list[str]:
     return lines + others(rates)
 
 
+def what_it_rests_on(rates) -> list[str]:
+    if rates.rates["train_layers_gain"].status == "measured":
+        return ["Sampling, scoring and training come from benchmarks of these parts alone (`services.py`, `loss_rows.py --part step`), not from these runs; `select`,",
+                "`split` and the pause of a sync are the one-GPU step's own numbers and show nothing there."]  # fmt: skip
+    real, guess = compared(Rates(rates.rates | {"train_layers_gain": replace(rates.rates["train_layers_gain"], value=1.0)}, rates.gpus), "one")
+    return ["Sampling and scoring come from a benchmark of these parts alone (`services.py`), not from these runs; `train`, `select`, `split` and the pause of a sync",
+            "are the one-GPU step's own numbers and show nothing there. Training alone (`loss_rows.py --part step`) was last timed before the layers' kernels and",
+            f"before recompute left out layers' outputs: by it training is predicted at {guess['train']:.3g} s ({guess['train'] / real['train'] - 1:+.0%}) and the step at "
+            f"{guess['total']:.3g} s ({guess['total'] / real['total'] - 1:+.0%})."]  # fmt: skip
+
+
 def others(rates) -> list[str]:
     """Measurements of sampling and scoring to which no rate is fitted, beside their predictions."""
     rows = json.loads((RESULTS / "services_h200.json").read_text())
     rollouts = [r for r in rows if r["part"] == "overlap" and "generation_alone" in r]
-    short = json.loads((RESULTS / "opd_step_one_h200_4x2x64_r0p10_cudnn.json").read_text())["seconds"]
+    small, one = (json.loads(path.read_text()) for path in (RESULTS / "opd_step_one_h200_4x2x64_r0p10.json", RECORDED["one"]))
+    short = small["seconds"]
 
     def got(**work) -> Prediction:
         return predict(Task(load_model("1.7B"), load_model("4B"), Workload(**work), Machine(rates.gpu("H200"), 1), rates), SPLITS["one"])
@@ -131,12 +143,16 @@ def others(rates) -> list[str]:
         ("64 responses of 256 to 512 tokens: sampling alone", rollouts[0]["generation_alone"], spread.generate.wall),
         *((f"the same, scored as they end, {turn} time", r["seconds"], spread.seconds["generate"] + spread.seconds["score"])
           for turn, r in zip(("first", "second"), rollouts, strict=True)),
-        *((f"8 responses of 64 tokens: {phase}", short[key], little.seconds[phase]) for phase, key in (("generate", "sample"), ("score", "score"), ("sync", "sync"))),
+        *((f"8 responses of 64 tokens: {phase}", short[key], little.seconds[phase])
+          for phase, key in (("generate", "sample"), ("score", "score"), ("train", "train"), ("sync", "sync"))),
+        ("8 responses of 64 tokens: the step", short["total"], little.total),
     ]  # fmt: skip
-    return ["", "Measurements on the same kind of GPU to which no rate is fitted (`services_h200.json`, `opd_step_one_h200_4x2x64_r0p10_cudnn.json`):", "",
+    return ["", "Measurements on the same kind of GPU to which no rate is fitted (`services_h200.json`, `opd_step_one_h200_4x2x64_r0p10.json`):", "",
             "| what | measured s | predicted s | difference |", "|---|---|---|---|",
             *(f"| {what} | {real:.3g} | {guess:.3g} | {guess / real - 1:+.0%} |" for what, real, guess in found),
-            "", "What a step of 8 x 64 tokens does in the manager (3 ms each of `select` and `split`) is not predicted: it does not grow with tokens."]  # fmt: skip
+            "", "What a step of 8 x 64 tokens does in the manager (3 ms each of `select` and `split`) is not predicted: it does not grow with tokens. Nor is",
+            "starting kernels, which so short a training waits for. A sync of the same weights took "
+            f"{short['sync']:.3f} s (median of {small['steps']}) here and {one['seconds']['sync']:.3f} s in the long step (of {one['steps']}), to which its pause is fitted."]  # fmt: skip
 
 
 def scene(rates, title: str, student: str, teacher: str, work: dict, sizes) -> tuple[list[str], list[tuple[Task, Prediction]]]:
@@ -173,6 +189,7 @@ def breaking(rates, plans: list[tuple[Task, Prediction]]) -> list[str]:
     ship, bank = found["splitting and shipping"], found["token bank, one thread"]
     middle = predict(one, SPLITS["one"]).middle
     reply = middle.reply_bytes / one.work.response_tokens
+    slower = (rates["parse_us_fixed"] + 16 * rates["parse_us_per_k"]) / (rates["parse_us_fixed"] + 64 * rates["parse_us_per_k"])
     first = []
     for task, p in plans:
         top = limits(task, p)[:2]
@@ -194,7 +211,7 @@ the step waits for, all of the phase it hides behind for the rest.
 
 **Reply bytes and parsing.** A response token at K = 16 comes as {reply:,.0f} bytes: {rates["generate_bytes_fixed"] + 16 * rates["generate_bytes_per_k"]:,.0f} from the student in JSON,
 {rates["score_bytes_fixed"] + 16 * rates["score_bytes_per_k"]:,.0f} from the teacher, whose top-K is packed. Parsing takes {1e6 * middle.parse / one.work.response_tokens:.2f} us of one core of the GPU host, so one manager saturates at
-{parse.breaks_at:,.0f} response tokens a second ({parse.breaks_at * reply / 1e6:,.0f} MB/s); at K = 64 at about a quarter of that. What the code does: replies become float32 and int32
+{parse.breaks_at:,.0f} response tokens a second ({parse.breaks_at * reply / 1e6:,.0f} MB/s); at K = 64 at {parse.breaks_at * slower:,.0f}. What the code does: replies become float32 and int32
 arrays the moment they arrive, raw bytes are dropped, large ones are parsed in threads, the score's top-K skips JSON, only the response
 span is asked for, and all of it runs beside generation. What it does not do: spread replies over several processes. Past that rate
 `generate` is as long as parsing; the planner counts it so. One event loop also holds one connection a running response.

@@ -74,17 +74,29 @@ def test_every_recorded_topology_comes_out_within_a_fifth(rates):
         assert guess["total"] == pytest.approx(real["total"], rel=0.2), topology
 
 
-def test_sampling_training_and_scoring_follow_from_measurements_of_their_own(rates):
-    """With every calibrated rate spoilt, these phases are predicted all the same."""
+def test_sampling_and_scoring_follow_from_measurements_of_their_own(rates):
+    """With every calibrated rate spoilt, these phases are predicted all the same. Not training: its layers changed since they were timed alone."""
     spoilt = {n: replace(r, value=r.value * 1000) if r.status == "calibrated" else r for n, r in rates.rates.items()}
     seconds = {}
     for name, given in (("as fitted", rates), ("spoilt", Rates(spoilt, rates.gpus))):
         job = Task(load_model("1.7B"), load_model("4B"), Workload(max_tokens=16384), Machine(rates.gpu("H200"), 1), given)
         found = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
-        seconds[name] = {"generate": found.generate.wall, **{p: found.seconds[p] for p in ("score", "train")}}
+        seconds[name] = {"generate": found.generate.wall, "score": found.seconds["score"]}
     assert seconds["spoilt"] == seconds["as fitted"]
-    assert seconds["spoilt"]["train"] == pytest.approx(recorded_seconds()["train"], rel=0.1)
-    assert seconds["spoilt"]["score"] == pytest.approx(recorded_seconds()["score"], rel=0.2)
+    assert seconds["spoilt"]["generate"] == pytest.approx(recorded_seconds()["generate"], rel=0.1)
+    assert seconds["spoilt"]["score"] == pytest.approx(recorded_seconds()["score"], rel=0.1)
+
+
+def as_timed_alone(rates) -> Rates:
+    """Training by loss_rows.py alone."""
+    return Rates(rates.rates | {"train_layers_gain": replace(rates.rates["train_layers_gain"], value=1.0)}, rates.gpus)
+
+
+def test_the_recorded_step_without_its_own_training(rates):
+    """The total by benchmarks of the parts, training by layers that were slower."""
+    real, guess = script("tools/make_scaling_page.py").compared(as_timed_alone(rates), "one")
+    assert guess["total"] == pytest.approx(real["total"], rel=0.2)
+    assert real["train"] < guess["train"] < 1.4 * real["train"]
 
 
 def test_the_earlier_step_without_graphs(rates):
@@ -99,6 +111,7 @@ def test_the_earlier_step_without_graphs(rates):
 @pytest.mark.parametrize("way, all_rows", [("kept, ours, last layer on kept rows", False), ("all, ours", True)])
 def test_times_and_peaks_of_the_trainer_alone(rates, way, all_rows):
     """benchmarks/loss_rows.py: one sequence batch without an optimizer, packed sequences of 4,096."""
+    rates = as_timed_alone(rates)
     table = json.loads((RESULTS / "loss_rows_megatron_h200.json").read_text())["tables"]["whole step"]
     rows = [r for r in table if r["way"] == way and r["gradients"] == "fp32"]
     assert len(rows) == 2
@@ -123,6 +136,8 @@ def test_services_alone(rates, part):
     for row in services(part):
         job = task(rates, prompts=row.get("responses", 64), samples=1, prompt_len=256, response_len=row.get("response_len", 512), k=row.get("K", 16))
         got = predict(job, Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
+        if part == "sync" and not row["round"]:
+            continue  # opens the handles; no rate counts that
         if part == "sync":
             assert got.seconds["sync"] - rates["sync_fixed_seconds"] == pytest.approx(row["seconds"], rel=0.25)
         else:
@@ -144,11 +159,12 @@ def test_a_rollout_whose_scoring_overlaps(rates):
 
 
 def test_a_short_step(rates):
-    """8 responses of 64 tokens: steps of few milliseconds more than of tokens. Its training ran before the last layer's attention was mended."""
-    recorded = json.loads((RESULTS / "opd_step_one_h200_4x2x64_r0p10_cudnn.json").read_text())["seconds"]
+    """8 responses of 64 tokens: steps of few milliseconds more than of tokens. Kernels' starts, which bound its training, are not predicted."""
+    recorded = json.loads((RESULTS / "opd_step_one_h200_4x2x64_r0p10.json").read_text())["seconds"]
     got = predict(task(rates, prompts=4, samples=2, response_len=64, max_tokens=16384), Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
-    for phase, key in (("generate", "sample"), ("score", "score"), ("sync", "sync")):
+    for phase, key in (("generate", "sample"), ("score", "score")):
         assert got.seconds[phase] == pytest.approx(recorded[key], rel=0.2), phase
+    assert got.seconds["sync"] == pytest.approx(recorded["sync"], abs=0.03)  # fitted to two syncs of the long step, which took 0.09 s each
 
 
 def test_the_recorded_peak_of_the_trainer(rates):
