@@ -386,12 +386,14 @@ class Bench:
         import torch
 
         from slime.backends.sglang_utils.weight_sync import WeightSender
+        from slime.ray.actor_group import rank_environment
 
         cuda = self.o.device == "cuda"
         apart = "," in self.o.sync_gpus
         device = f"cuda:{self.o.sync_gpus.split(',')[0]}" if cuda else "cpu"
         if cuda:
             torch.cuda.set_device(device)
+            os.environ |= rank_environment(argparse.Namespace(device="cuda", weight_sync="auto", colocate=not apart))  # NCCL has not looked yet
         dtype = torch.bfloat16 if cuda else torch.float32
         named = [(n, 0.02 * torch.randn(s, dtype=dtype, device=device)) for n, s in hf_shapes(self.args.student_config)]
         engines = {"urls": self.clients.student.urls, "api_key": None, "tp": 1, "colocated": cuda and not apart}
