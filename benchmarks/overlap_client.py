@@ -2,7 +2,7 @@
 
     python benchmarks/overlap_client.py --json benchmarks/results/overlap_client.json        # 2 cores, half a minute
 
-Two stand-in servers answer with prepared replies of real size (top-16: 562 and 204 bytes a token) when an H200 would have:
+Two stand-in servers answer with prepared replies of real size (top-16: 220 and 204 bytes a token) when an H200 would have:
 sampling 512 tokens of 64 responses in 2.68 s, scoring one response after another, 64 of them in 1.19 s (results/serving_h200.json,
 where each model has the GPU alone). Responses have 256 to 512 tokens, as in services.py. Everything between is the product:
 payloads, connections, parsing to arrays, the order of requests. The bound is 1.15 times generation alone plus the last sample's
