@@ -29,7 +29,7 @@ GUESSED = {
     "decode_layer_seconds": "what a layer takes beside its weights and cache, in a CUDA graph",
     "decode_sample_seconds": "GPU: logits, soft-max and sampling",
     "decode_topk_gpu_seconds": "GPU: the K largest of the vocabulary",
-    "decode_cache_share": "Triton attention; with the other guesses what was seen of the GPU in opd_step_one_h200_64x4x1024_r0p10.png",
+    "decode_cache_share": "Triton attention; with the other guesses what was seen of the GPU in an earlier whole step",
 }
 STARTS = (0.5, 1.0, 2.0)  # times the guesses
 PULL = 1e-3  # weight of a guess, beside one measured step
