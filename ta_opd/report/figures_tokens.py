@@ -288,7 +288,7 @@ def quadrant_gain(suite: Suite, styles: Styles) -> Picture | None:
         return picture(
             figure, "quadrant_gain", "Gain on frozen contexts by quadrant",
             "Gain = KL(teacher ‖ student) before − after on the same contexts (full vocabulary); quadrants cut at the medians before training. "
-            "Bars: 95 % intervals over prompts; n: positions, those of all seeds together.",
+            "Bars: 95 % intervals over prompts; n: positions of the first method, those of all its seeds together.",
             "Gain by quadrant and method with intervals.",
         )  # fmt: skip
 
