@@ -190,7 +190,7 @@ def measure(T: int, K: int, mode: str, runs: int) -> dict:
 
 
 def measure_replies(T: int, K: int, packed: bool, runs: int) -> dict:
-    """One line of the second table. packed: the teacher answers with base64 arrays, as our services ask a server that can."""
+    """One line of the second table. packed: the teacher answers with base64 arrays, the student with triples, as our services asked before both came packed."""
     distinct = min(T // RESPONSE, 32)
     replies = raw_replies(synthetic_batch(distinct * RESPONSE, K), distinct, packed)
     config = SelectionConfig(mask="dlearn_high", ratio=0.1)
