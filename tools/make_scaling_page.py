@@ -151,7 +151,7 @@ def others(rates) -> list[str]:
             "| what | measured s | predicted s | difference |", "|---|---|---|---|",
             *(f"| {what} | {real:.3g} | {guess:.3g} | {guess / real - 1:+.0%} |" for what, real, guess in found),
             "", "What a step of 8 x 64 tokens does in the manager (3 ms each of `select` and `split`) is not predicted: it does not grow with tokens. Nor is",
-            "starting kernels, which so short a training waits for. A sync of the same weights took "
+            "starting kernels, for which so short a training probably waits. A sync of the same weights took "
             f"{short['sync']:.3f} s (median of {small['steps']}) here and {one['seconds']['sync']:.3f} s in the long step (of {one['steps']}), to which its pause is fitted."]  # fmt: skip
 
 
