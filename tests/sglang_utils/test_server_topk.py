@@ -75,7 +75,7 @@ def requests():
         length = len(ids) // 2
         yield f"scored {i}", wire.score_payload(ids, length, K)
         yield f"scored whole {i}", wire.score_payload(ids, length, 3, whole=True)
-        yield f"scored lists {i}", lists(wire.score_payload(ids, length, K))
+        yield f"scored lists {i}", lists(wire.score_payload(ids, length, K, token_ids=[3, 4]))
 
 
 async def answers(url: str) -> dict[str, bytes]:
@@ -94,7 +94,7 @@ def check(model, name: str, payload: dict, raw: bytes) -> None:
     k, scored = payload.get("top_logprobs_num", 0), name.startswith("scored")
     if scored:
         length = len(payload["input_ids"]) // 2
-        reply, tokens = wire.parse_score(raw, length, k), payload["input_ids"]
+        reply, tokens = wire.parse_score(raw, length, k, payload.get("token_ids_logprob")), payload["input_ids"]
     else:
         reply = wire.parse_generate(raw, k, payload["return_logprob"])
         length, tokens = len(reply.output_ids), payload["input_ids"] + reply.output_ids
@@ -103,6 +103,8 @@ def check(model, name: str, payload: dict, raw: bytes) -> None:
         assert (f'"{FIELD}":["'.encode() in raw) == packed, name
     with torch.no_grad():
         rows = torch.log_softmax(model(torch.tensor([tokens])).logits[0].float(), -1)[-length - 1 : -1].numpy()
+    if "token_ids_logprob" in payload:
+        np.testing.assert_allclose(reply.gathered, rows[:, payload["token_ids_logprob"]], atol=1e-4, err_msg=name)
     if payload["return_logprob"]:
         np.testing.assert_allclose(reply.log_probs, rows[np.arange(length), tokens[-length:]], atol=1e-4, err_msg=name)
     if k > 0:

@@ -6,7 +6,8 @@ become K Python floats and K ints a position, and arrays again right after. Here
 - the top-K of a decoding step stays one [requests, K] tensor until it is on the host;
 - a request with `return_flat_raw_top_logprobs` (SGLang's own field, for scored prompts) also gets what it samples packed:
   `meta_info["output_top_logprobs_rows"]`, one text a token (`topk_rows`), and empty entries in `output_top_logprobs`;
-- scored prompts of such a request are arrays all the way.
+- scored prompts of such a request are arrays all the way;
+- a request with `token_ids_logprob` may be in one batch with one without (SGLang's scheduler dies of it).
 Other requests get what SGLang gives them. Only versions of SGLang that this was checked against are changed; any other stays as it is,
 and the client reads its replies as well. `SLIME_TOPK_AS_LISTS=1` leaves the server as it is, to compare.
 """
@@ -126,6 +127,9 @@ def _rows_of_requests(module) -> None:
     of_decode, of_prefill = cls._normalize_decode_outputs, cls.move_logprobs_to_cpu
 
     def take(logits_output):
+        asked = logits_output.next_token_token_ids_logprobs_val
+        if asked:  # the empty lists of requests that asked for no ids beside some that did would end the server
+            logits_output.next_token_token_ids_logprobs_val = [v if hasattr(v, "tolist") else np.empty(0) for v in asked]
         found = logits_output.next_token_top_logprobs_val, logits_output.next_token_top_logprobs_idx
         logits_output.next_token_top_logprobs_val = logits_output.next_token_top_logprobs_idx = None
         return found if found[0] else None
