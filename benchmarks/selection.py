@@ -32,7 +32,8 @@ if __package__ in (None, ""):
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "slime_ta_opd")]
 
 from benchmarks import selection_oracle as oracle  # noqa: E402
-from slime.backends.sglang_utils.wire import parse_score  # noqa: E402
+from slime.backends.sglang_utils.topk_rows import FIELD, pack_rows  # noqa: E402
+from slime.backends.sglang_utils.wire import parse_generate, parse_score  # noqa: E402
 from ta_opd.metrics import position_columns, token_metrics  # noqa: E402
 from ta_opd.reply import read_reply  # noqa: E402
 from ta_opd.selection import SelectionConfig, select_tokens  # noqa: E402
@@ -117,7 +118,7 @@ def loop_seconds_per_token(batch: dict, K: int, tokens: int, support: str) -> fl
 
 
 def raw_replies(batch: dict, count: int, packed: bool) -> list[tuple[bytes, bytes]]:
-    """(student reply, teacher reply) bytes of the first `count` responses. packed: the teacher's top-K as base64 arrays."""
+    """(student reply, teacher reply) bytes of the first `count` responses. packed: top-K as rows of text and as base64 arrays."""
     replies = []
     for index in range(count):
         rows = slice(index * RESPONSE, (index + 1) * RESPONSE)
@@ -128,6 +129,8 @@ def raw_replies(batch: dict, count: int, packed: bool) -> list[tuple[bytes, byte
             lead = [None] if side == "teacher" else []
             infos.append({f"{prefix}_token_logprobs": lead + sampled, f"{prefix}_top_logprobs": lead + entries})
         if packed:
+            sampled = batch["student"][rows]
+            infos[0] |= {"output_top_logprobs": [None] * RESPONSE, FIELD: pack_rows(sampled.ids, sampled.logprobs)}
             topk = batch["teacher"][rows]
             del infos[1]["input_top_logprobs"]
             infos[1] |= {
@@ -135,7 +138,8 @@ def raw_replies(batch: dict, count: int, packed: bool) -> list[tuple[bytes, byte
                 "input_top_logprobs_val_flat_b64": base64.b64encode(topk.logprobs.tobytes()).decode(),
                 "input_top_logprobs_idx_flat_b64": base64.b64encode(topk.ids.tobytes()).decode(),
             }
-        replies.append(tuple(orjson.dumps({"text": "", "meta_info": info}) for info in infos))
+        ids = [{"output_ids": batch["student"][rows].ids[:, 0].tolist()}, {}]
+        replies.append(tuple(orjson.dumps({"text": "", **own, "meta_info": info}) for own, info in zip(ids, infos, strict=True)))
     return replies
 
 
@@ -143,11 +147,17 @@ def replies_to_bank(replies, packed: bool, repeats: int, K: int, config: Selecti
     """Every step from the bytes of the replies to a parquet file on disk."""
     students, teachers, sampled, logprobs = [], [], [], ([], [])
     for raw_student, raw_teacher in replies * repeats:
-        reply, topk = read_reply(raw_student, "student", K, RESPONSE)
-        entries = reply["meta_info"]["output_token_logprobs"]
-        students.append(topk)
-        logprobs[0].append(sampled_logprobs(entries, RESPONSE))
-        sampled.append(np.fromiter((entry[1] for entry in entries), np.int32, RESPONSE))
+        if packed:
+            answer = parse_generate(raw_student, K)
+            students.append(answer.topk)
+            logprobs[0].append(answer.log_probs)
+            sampled.append(np.asarray(answer.output_ids, np.int32))
+        else:
+            reply, topk = read_reply(raw_student, "student", K, RESPONSE)
+            entries = reply["meta_info"]["output_token_logprobs"]
+            students.append(topk)
+            logprobs[0].append(sampled_logprobs(entries, RESPONSE))
+            sampled.append(np.fromiter((entry[1] for entry in entries), np.int32, RESPONSE))
         if packed:
             score = parse_score(raw_teacher, RESPONSE, K)
             teachers.append(score.topk)
@@ -190,14 +200,14 @@ def measure(T: int, K: int, mode: str, runs: int) -> dict:
 
 
 def measure_replies(T: int, K: int, packed: bool, runs: int) -> dict:
-    """One line of the second table. packed: the teacher answers with base64 arrays, the student with triples, as our services asked before both came packed."""
+    """One line of the second table. packed: both top-K as our servers answer them; else triples, as a stock slime gets them."""
     distinct = min(T // RESPONSE, 32)
     replies = raw_replies(synthetic_batch(distinct * RESPONSE, K), distinct, packed)
     config = SelectionConfig(mask="dlearn_high", ratio=0.1)
     with tempfile.TemporaryDirectory() as directory:
         cpu, wall = best_of(runs, lambda: replies_to_bank(replies, packed, T // RESPONSE // distinct, K, config, directory))
     size = sum(len(raw) for pair in replies for raw in pair) / (distinct * RESPONSE)
-    return {"tokens": T, "K": K, "teacher": "base64" if packed else "triples", "bytes_per_token": size,
+    return {"tokens": T, "K": K, "top_k": "packed" if packed else "triples", "bytes_per_token": size,
             "cpu_us_per_token": cpu / T * 1e6, "wall_us_per_token": wall / T * 1e6}  # fmt: skip
 
 
@@ -220,10 +230,10 @@ def print_tables(result: dict) -> None:
             f"{row['loop_us_per_token']:>8.0f} {row['times_loop']:>7.0f} {row['memory']:>8.2f}"
         )
     print("\nreply bytes to finished parquet bank")
-    print(f"{'tokens':>9} {'K':>3} {'teacher':<8} {'bytes/token':>11} {'us/token cpu':>12} {'wall':>6}")
+    print(f"{'tokens':>9} {'K':>3} {'top-K':<8} {'bytes/token':>11} {'us/token cpu':>12} {'wall':>6}")
     for row in result.get("replies", ()):
         print(
-            f"{row['tokens']:>9,} {row['K']:>3} {row['teacher']:<8} {row['bytes_per_token']:>11.0f} {row['cpu_us_per_token']:>12.2f} "
+            f"{row['tokens']:>9,} {row['K']:>3} {row['top_k']:<8} {row['bytes_per_token']:>11.0f} {row['cpu_us_per_token']:>12.2f} "
             f"{row['wall_us_per_token']:>6.2f}"
         )
     print(f"\ntargets: {TARGETS}; the load average of the machine was {result['machine']['load_at_end']}")
