@@ -393,7 +393,7 @@ class Bench:
         device = f"cuda:{self.o.sync_gpus.split(',')[0]}" if cuda else "cpu"
         if cuda:
             torch.cuda.set_device(device)
-            os.environ |= rank_environment(argparse.Namespace(device="cuda", weight_sync="auto", colocate=not apart))  # NCCL has not looked yet
+            os.environ |= rank_environment(argparse.Namespace(device="cuda", weight_sync="auto", colocate=not apart, rollout_external_engine_addrs=None))  # NCCL has not looked yet
         dtype = torch.bfloat16 if cuda else torch.float32
         named = [(n, 0.02 * torch.randn(s, dtype=dtype, device=device)) for n, s in hf_shapes(self.args.student_config)]
         engines = {"urls": self.clients.student.urls, "api_key": None, "tp": 1, "colocated": cuda and not apart}

@@ -44,6 +44,9 @@ def test_rows_of_another_length_than_the_tokens():
     raw = orjson.dumps({"output_ids": [1, 2], "meta_info": {"output_token_logprobs": [[-1, 1, None], [-1, 2, None]], FIELD: rows}})
     with pytest.raises(DataError, match="top-k of 2 tokens, got 1"):
         wire.parse_generate(raw, 2)
+    elsewhere = {"output_ids": [1, 2], "meta_info": {"output_token_logprobs": [[-1, 1, None], [-1, 2, None]]}, FIELD: rows}
+    with pytest.raises(DataError, match="top-k of 2 tokens, got 0"):
+        wire.parse_generate(orjson.dumps(elsewhere), 2)
 
 
 def test_another_version_of_sglang_is_left_alone(monkeypatch):

@@ -124,10 +124,12 @@ def test_ranks_that_broadcast_have_the_engines_nccl_settings(monkeypatch):
 
     for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"):
         monkeypatch.delenv(name, raising=False)
-    apart = SimpleNamespace(device="cuda", weight_sync="auto", colocate=False)
+    apart = SimpleNamespace(device="cuda", weight_sync="auto", colocate=False, rollout_external_engine_addrs=None)
     assert rank_environment(apart).items() >= {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}.items()
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")  # the servers inherit it as well
     assert rank_environment(apart)["NCCL_CUMEM_ENABLE"] == "1"
+    by_url = SimpleNamespace(**{**vars(apart), "colocate": True, "rollout_external_engine_addrs": ["http://there:1"]})
+    assert rank_environment(by_url)["NCCL_NVLS_ENABLE"] == "0"
     for other in ({"colocate": True}, {"weight_sync": "disk"}, {"device": "cpu"}):
         assert not any(name.startswith("NCCL") for name in rank_environment(SimpleNamespace(**{**vars(apart), **other})))
 

@@ -30,7 +30,8 @@ def rank_environment(args) -> dict[str, str]:
     if args.device == "cpu":
         return {"OMP_NUM_THREADS": "1"}
     env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    if choose_way(args.weight_sync, args.colocate, args.device) == "distributed":
+    shared = args.colocate and not args.rollout_external_engine_addrs  # engines by URL are reached as if they were apart
+    if choose_way(args.weight_sync, shared, args.device) == "distributed":
         env |= {name: os.environ.get(name, "0") for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")}
     return env
 

@@ -116,7 +116,7 @@ def parse_generate(raw: bytes, top_k: int = 0, log_probs: bool = True) -> Genera
     """DataError where ids, log-probs and top-k do not have one length. The top-K comes packed from our servers, as lists from others."""
     if top_k > 0 and _PACKED_KEY in raw:
         reply = loads(raw)
-        topk = topk_rows.unpack_rows(_meta(reply)[topk_rows.FIELD], top_k)
+        topk = topk_rows.unpack_rows(_meta(reply).get(topk_rows.FIELD, []), top_k)
     elif top_k > 0:
         try:
             reply, topk = read_reply(raw, "student", top_k, _count_ids(raw))
