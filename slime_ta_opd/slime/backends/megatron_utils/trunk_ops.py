@@ -8,28 +8,19 @@ Shape letters: T packed tokens, h heads, d head size, F MLP width of this rank.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slime.backends.megatron_utils.kernels import kernel_module
+
 KERNELS = True  # False: the torch bodies on CUDA too (to compare)
-
-
-@functools.cache
-def _triton_ops():
-    try:
-        from slime.backends.megatron_utils import triton_trunk
-    except ImportError:
-        return None
-    return triton_trunk
 
 
 def _kernels(x: Tensor):
     """The Triton module where x is on a GPU, else None."""
-    return _triton_ops() if KERNELS and x.is_cuda and x.numel() else None
+    return kernel_module("triton_trunk") if KERNELS and x.is_cuda and x.numel() else None
 
 
 def rotate(x_Thd: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:

@@ -6,27 +6,19 @@ All work on logits z = logits x inv_temperature, in f32 (f64 for f64 logits). No
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 
+from slime.backends.megatron_utils.kernels import kernel_module
+
 KERNELS = True  # False: the torch bodies on CUDA too (to compare)
-
-
-@functools.cache
-def _triton_ops():
-    try:
-        from slime.backends.megatron_utils.losses import triton_ops
-    except ImportError:
-        return None
-    return triton_ops
 
 
 def _kernels(*tensors: torch.Tensor):
     """The Triton module when it can take these tensors, else None."""
-    ops = _triton_ops() if KERNELS and tensors[0].is_cuda else None
+    ops = kernel_module("losses.triton_ops") if KERNELS and tensors[0].is_cuda else None
     return ops if ops is not None and tensors[0].numel() and ops.supported(*tensors) else None
 
 
