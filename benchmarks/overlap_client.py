@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "slime_ta_opd")]
 
 from benchmarks.manager import generate_reply, score_reply  # noqa: E402
+from benchmarks.own_lengths import PreparedIds, own_length, own_params  # noqa: E402
 from benchmarks.selection import RESPONSE, machine, synthetic_batch  # noqa: E402
-from benchmarks.services import PreparedIds, gather, own_length, own_params, timed  # noqa: E402
+from benchmarks.services import gather, timed  # noqa: E402
 from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
 from slime.rollout.data_source import PromptDataSource  # noqa: E402
 from slime.rollout.sglang_rollout import generate_rollout  # noqa: E402
@@ -84,7 +85,7 @@ def arguments(folder: Path) -> SimpleNamespace:
         hf_checkpoint=str(folder), prompt_data=str(folder / "prompts.jsonl"), input_key="prompt", label_key=None, apply_chat_template=False,
         rollout_batch_size=SAMPLES, n_samples_per_prompt=1, rollout_max_response_len=LONGEST, rollout_max_context_len=PROMPT + LONGEST,
         rollout_temperature=1.0, rollout_top_p=1.0, rollout_top_k=-1, rollout_seed=1, opd_topk_metrics_k=K, opd_exact_cmass=False,
-        opd_type="sglang", student_config={}, custom_generate_function_path=f"{ROOT / 'benchmarks' / 'services.py'}:sample_of_own_length",
+        opd_type="sglang", student_config={}, custom_generate_function_path=f"{ROOT / 'benchmarks' / 'own_lengths.py'}:sample_of_own_length",
     )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -30,24 +29,17 @@ import psutil
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "slime_ta_opd")]
 
-from benchmarks import decode_log  # noqa: E402
+from benchmarks import decode_log, own_lengths  # noqa: E402
+from benchmarks.own_lengths import PreparedIds, held_bytes, own_length, own_params, resident  # noqa: E402
+from benchmarks.service_models import bucketed, hf_shapes, write_model  # noqa: E402
 from slime.backends.sglang_utils import loop  # noqa: E402
 from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
 from slime.backends.sglang_utils.server import SGLangServer  # noqa: E402
 from slime.rollout.data_source import PromptDataSource  # noqa: E402
-from slime.rollout.sampling import shared_ids  # noqa: E402
 from slime.rollout.sglang_rollout import generate_rollout  # noqa: E402
 from slime.utils import memory  # noqa: E402
 from ta_opd.slime_patch.teacher import exact_windows, merge_known  # noqa: E402
 
-SHAPES = {
-    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 head_dim=32, vocab_size=4096),
-    "1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-                 head_dim=128, vocab_size=151936),
-    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-               head_dim=128, vocab_size=151936),
-}  # fmt: skip
 PARTS = ("generate", "score", "exact", "overlap", "router", "sync")
 LOADS = ("8x256@16", "256x256@0", "256x256@64", "256x1024@16")  # about 25 s on an H200, the score of the last among them
 
@@ -135,8 +127,8 @@ class Bench:
         apart = "," in self.o.sync_gpus and self.o.parts == ["sync"]
         gpus = self.o.sync_gpus.split(",")
         visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1,2,3,4,5,6,7").split(",")
-        args.hf_checkpoint = str(self._model(self.names[0], "student", 0))
-        teacher = str(self._model(self.names[1], "teacher", 1))
+        args.hf_checkpoint = str(write_model(self.folder / "student", self.names[0], args.sglang_dtype, 0))
+        teacher = str(write_model(self.folder / "teacher", self.names[1], args.sglang_dtype, 1))
         args.student_config = json.loads(Path(args.hf_checkpoint, "config.json").read_text())
         args.sglang_passthrough = [*decode_log.FLAGS, *(["--load-format", "dummy"] if self.o.device == "cuda" else [])]
         roles = [("student", args.hf_checkpoint)] + ([] if self.o.parts == ["sync"] else [("teacher", teacher)])
@@ -154,39 +146,6 @@ class Bench:
         self.prompts = [self.rng.integers(300, vocab, self.o.prompt_len).tolist() for _ in range(self.o.prompts)]
         self.responses: list[list[int]] = []
         self.sequences: list[list[int]] = []  # of the last load
-
-    def _model(self, shape: str, name: str, seed: int) -> Path:
-        spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tests" / "sglang_utils" / "tiny.py")
-        tiny = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tiny)
-        folder = self.folder / name
-        folder.mkdir()
-        config = dict(
-            architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_act="silu", max_position_embeddings=4096, rms_norm_eps=1e-6,
-            rope_theta=1e6, tie_word_embeddings=True, attention_bias=False, attention_dropout=0.0, use_cache=True,
-            torch_dtype=self.args.sglang_dtype, initializer_range=0.02, **SHAPES[shape],
-        )  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config))
-        tiny.make_tokenizer().save_pretrained(folder)
-        if shape == "tiny":
-            self._tiny_weights(folder, seed)
-        return folder
-
-    def _tiny_weights(self, folder: Path, seed: int) -> None:
-        """Student and teacher near each other (the teacher is the student and some noise), so that their top-k overlap."""
-        import torch
-
-        from slime.backends.sglang_utils.cpu_support import install_torchvision_schema
-
-        install_torchvision_schema()
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-
-        torch.manual_seed(0)
-        model = Qwen3ForCausalLM(Qwen3Config(**{**json.loads((folder / "config.json").read_text()), "initializer_range": 0.15})).float()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.01 * seed * torch.randn_like(p))
-        model.save_pretrained(folder)
 
     def stop(self) -> None:
         if getattr(self, "clients", None):
@@ -309,7 +268,7 @@ class Bench:
 
     def overlap(self) -> None:
         """A whole rollout: scoring starts when a sample is finished. Also bytes a token that stay in memory."""
-        self.args.custom_generate_function_path = f"{Path(__file__).resolve()}:sample_of_own_length"
+        self.args.custom_generate_function_path = f"{Path(own_lengths.__file__).resolve()}:sample_of_own_length"
         lengths = [own_length(i, self.o.response_len) for i in range(self.o.prompts)]
         file = self.folder / "prompts.jsonl"
         file.write_text("".join(json.dumps({"prompt": "x" * self.o.prompt_len}) + "\n" for _ in range(self.o.prompts)))
@@ -415,82 +374,6 @@ def timed(coroutine):
 
 async def gather(coroutines):
     return await asyncio.gather(*coroutines)
-
-
-def own_length(index: int, longest: int) -> int:
-    """Between a half of `longest` and all of it: responses of a real rollout do not all end at one moment."""
-    return int(np.random.default_rng([7, index]).integers(longest // 2, longest + 1))
-
-
-def own_params(index: int, length: int) -> dict:
-    return {"temperature": 1.0, "max_new_tokens": length, "ignore_eos": True, "sampling_seed": index}
-
-
-async def sample_of_own_length(args, sample, sampling_params, client):
-    from slime.rollout.sampling import append_reply
-
-    params = own_params(sample.index, own_length(sample.index, args.rollout_max_response_len))
-    append_reply(sample, await client.generate(sample.tokens, params, args.opd_topk_metrics_k), args.opd_topk_metrics_k)
-    return sample
-
-
-class PreparedIds:
-    """Hands out prepared ids in the place of a tokenizer."""
-
-    chat_template = None
-
-    def __init__(self, prompts):
-        self.prompts = prompts
-
-    def __call__(self, texts, add_special_tokens=False):
-        return {"input_ids": self.prompts[: len(texts)]}
-
-
-def resident() -> int:
-    """Bytes of this process in memory, without what the allocator keeps for later."""
-    gc.collect()
-    memory.return_unused()
-    return psutil.Process().memory_info().rss
-
-
-def held_bytes(samples) -> int:
-    """Bytes that the samples' per-token data hold: arrays, token lists (of numbers that all rollouts share), texts."""
-    size, shared = 0, {id(t) for t in shared_ids(range(max(max(s.tokens) for s in samples) + 1))}
-    for sample in samples:
-        size += sys.getsizeof(sample.tokens) + sys.getsizeof(sample.response)
-        size += sum(sys.getsizeof(t) for t in sample.tokens if id(t) not in shared)
-        for array in (sample.rollout_log_probs, sample.teacher_log_probs, sample.teacher_at_student_ids):
-            size += 0 if array is None else array.nbytes
-        for topk in (sample.student_topk, sample.teacher_topk):
-            size += 0 if topk is None else topk.ids.nbytes + topk.logprobs.nbytes
-    return size
-
-
-def hf_shapes(c: dict) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a dense Qwen3 with tied embeddings."""
-    h, f, d = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
-    out = [("model.embed_tokens.weight", (c["vocab_size"], h)), ("model.norm.weight", (h,))]
-    for i in range(c["num_hidden_layers"]):
-        layer = {
-            "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
-            "self_attn.q_norm": (d,), "self_attn.k_norm": (d,), "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h),
-            "mlp.down_proj": (h, f), "input_layernorm": (h,), "post_attention_layernorm": (h,),
-        }  # fmt: skip
-        out += [(f"model.layers.{i}.{name}.weight", shape) for name, shape in layer.items()]
-    return out
-
-
-def bucketed(named, size: int) -> list[list]:
-    buckets, room = [[]], size
-    for name, tensor in named:
-        need = tensor.numel() * tensor.element_size()
-        if buckets[-1] and need > room:
-            buckets.append([])
-            room = size
-        buckets[-1].append((name, tensor))
-        room -= need
-    return buckets
 
 
 if __name__ == "__main__":

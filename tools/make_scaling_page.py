@@ -32,7 +32,7 @@ PLACES = {"one": "One H200, everything colocated", "apart": "Two H200s, both ser
           "tp2": "Two H200s, the trainer TP2 on both and both servers on each"}
 SPLITS = {"one": Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)), "apart": Split("servers apart", Layout(), Servers(1, 1), Servers(1, 1)),
           "tp2": Split("colocated", Layout(tp=2), Servers(2, 1), Servers(2, 1))}  # fmt: skip
-SPREAD_MEAN = 398.8  # of own_length() of benchmarks/services.py over 64 responses
+SPREAD_MEAN = 398.8  # of own_length() of benchmarks/own_lengths.py over 64 responses
 # title, student, teacher, workload, GPUs
 SCENES = (
     ("One node, short answers", "1.7B", "4B", {"prompts": 64, "samples": 4, "response_len": 1024, "response_mean": 700}, (1, 2, 4, 8)),

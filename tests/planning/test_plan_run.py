@@ -146,7 +146,7 @@ def test_services_alone(rates, part):
 
 def test_a_rollout_whose_scoring_overlaps(rates):
     """services.py's overlap, to which no rate is fitted: 64 responses of 256 to 512 tokens at K = 16, both servers on one GPU."""
-    from benchmarks.services import own_length
+    from benchmarks.own_lengths import own_length
 
     rows = [r for r in json.loads((RESULTS / "services_h200.json").read_text()) if r["part"] == "overlap" and "generation_alone" in r]
     mean = sum(own_length(i, 512) for i in range(64)) / 64
