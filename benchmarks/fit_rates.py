@@ -20,12 +20,10 @@ if __package__ in (None, ""):
     sys.path[:0] = [str(ROOT), str(ROOT / "slime_ta_opd")]
 
 from benchmarks import fit_serving  # noqa: E402
-from slime.planning import serving, training  # noqa: E402
-from slime.planning.layout import Layout  # noqa: E402
+from slime.planning import serving  # noqa: E402
 from slime.planning.memory import GIB, working_width  # noqa: E402
 from slime.planning.models import BF16, load_model  # noqa: E402
 from slime.planning.rates import Gpu, Rate, Rates  # noqa: E402
-from slime.planning.workload import Workload  # noqa: E402
 from ta_opd.errors import DataError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,14 +64,12 @@ def training_rates() -> dict:
     (small, large) = sorted(rows)
     span, seconds = large - small, (rows[large]["ms"] - rows[small]["ms"]) / 1e3
     done = model.trunk_operations(span) * 4 + model.attention_operations(span, 4096) * 4.5 + 3 * model.head_operations(budget * span)
-    if not found.get("layer_outputs_recomputed", True):
-        done -= model.unread_operations(span)
+    done -= model.unread_operations(span)
     fixed = rows[small]["ms"] / 1e3 - small * seconds / span
     a_token = (rows[large]["peak GiB"] - rows[small]["peak GiB"]) * GIB / span
     kept = model.shape.num_layers * model.shape.hidden_size * BF16
-    timed_now = found.get("layer_outputs_recomputed") is False  # loss_rows.py says so since the layers are what they are now
     both = f"of {small:,} and {large:,} tokens (kept rows, full recompute)"
-    out = {
+    return {
         "train_utilisation": rate(done / seconds / MATMUL, "of the matmul rate", "measured", source, f"operations over the time difference {both}"),
         "micro_batch_seconds": rate(fixed, "s", "measured", source, f"what the line through the times {both} leaves at 0 tokens"),
         "activation_copies": rate((a_token - kept) / (BF16 * working_width(model)), "x the widths of one layer", "measured", source,
@@ -84,17 +80,6 @@ def training_rates() -> dict:
         "expert_efficiency": rate(0.6, "of a dense model's utilisation", "assumed", GUESS, "small matrices of single experts"),
         "usable_memory": rate(0.94, "of the card", "assumed", GUESS, "context, fragmentation, NCCL buffers"),
     }  # fmt: skip
-    if timed_now:
-        return out | {"train_layers_gain": rate(1.0, "x train_utilisation", "measured", source, "its layers are the trainer's")}
-    how = "the step's training, less micro-batches' and optimizer's fixed parts; the layers' kernels came after loss_rows.py's run"
-    return out | {"train_layers_gain": rate(_layers_gain(out, model), "x train_utilisation", "calibrated", STEP, how)}
-
-
-def _layers_gain(found: dict[str, dict], model) -> float:
-    """How much faster a step's layers ran than `found`, the rates of loss_rows.py, say."""
-    rates = Rates({n: Rate(n, r["value"], "", "measured", "") for n, r in found.items()} | {"train_layers_gain": Rate("train_layers_gain", 1, "", "assumed", "")}, {})
-    guess = training.train_seconds(model, Layout(), Workload(max_tokens=16_384), Gpu("H200", *GPUS["H200"][:5]), rates, 16_384, 8)
-    return guess.compute / (load(STEP)["seconds"]["train"] - (guess.total - guess.compute))
 
 
 def serving_rates() -> dict:

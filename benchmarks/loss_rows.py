@@ -298,7 +298,7 @@ def main() -> int:
     found = verdict(tables)
     print("\n" + "\n".join(f"{'met ' if ok else 'MISSED'}  {what}" for what, ok in found.items()))
     name = "loss_rows" + ("_quick" if args.quick else "") + (f"_{args.trunk}" if args.part == "step" else f"_{args.part}")
-    print("written:", m.write(name, {"kept": KEPT, "layer_outputs_recomputed": False, "tables": tables, "verdict": found}, args.out).name)
+    print("written:", m.write(name, {"kept": KEPT, "tables": tables, "verdict": found}, args.out).name)
     return 0 if found["errors within tolerance"] else 1
 
 

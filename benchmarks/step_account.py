@@ -8,7 +8,6 @@ optimizer. The peak is the larger of two moments:
   head    the loss: all checkpoints, logits (plain: bf16 and three of f32 beside each other; else one chunk), gradients that are there
   layer   the backward pass of the MLP's last product in one layer: its checkpoint and those before, and what the layer keeps. On kept rows
           the last layer holds less than the one before, whose own moment comes when the last checkpoint is gone.
-The steps recorded so far computed a layer's output again; recompute.py leaves it out ("output left out": counted so).
 The trace counts live tensors after every operation (torch's dispatcher), so memory inside a kernel is not seen.
 """
 
@@ -48,21 +47,18 @@ def num_rows(tokens: int, kept: bool) -> int:
     return int(tokens * KEPT) if kept else tokens - tokens // LENGTH * (PROMPT - 1)
 
 
-def layer_bytes(s: Shape, autograd_mlp: bool = False, output: bool = False) -> float:
-    """Bytes a token that the backward pass of one recomputed layer holds at its peak, checkpoints aside (bf16).
-
-    output: with the layer's own output, which was recomputed too before recompute.py left it out.
-    """
+def layer_bytes(s: Shape, autograd_mlp: bool = False) -> float:
+    """Bytes a token that the backward pass of one recomputed layer holds at its peak, checkpoints aside (bf16)."""
     q, kv, h, f = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.hidden, s.ffn
     attention = h + (q + 2 * kv) + q + q + kv + kv + q  # norm, joint projection, queries, rotated q and k, values, output
-    ends = h + 2 * h + (h if output else 0)  # the output's gradient; hidden states between the halves and their norm
+    ends = h + 2 * h  # the output's gradient; hidden states between the halves and their norm
     mlp = 2 * f + f + f  # both projections; the product and its gradient
     by_autograd = 3 * f if autograd_mlp else 0  # silu(gate) and up plus 0, and one gradient more
     return 2.0 * (attention + ends + mlp + by_autograd)
 
 
-def account(s: Shape, tokens: int, way: str, gradients: str = "fp32", output: bool = False) -> dict[str, float]:
-    """GiB by name, and the two moments. output: see layer_bytes."""
+def account(s: Shape, tokens: int, way: str, gradients: str = "fp32") -> dict[str, float]:
+    """GiB by name, and the two moments."""
     of, loss, last = WAYS[way]
     n, rows = parameters(s), num_rows(tokens, of == "kept")
     checkpoint = tokens * s.hidden * 2
@@ -70,7 +66,7 @@ def account(s: Shape, tokens: int, way: str, gradients: str = "fp32", output: bo
     head = 2 * 2 * rows * s.hidden + (0 if loss == "plain" else 2 * n["embedding"])  # plain: that of the matrix comes after the peak
     out = {
         "weights": 2 * n["all"], "gradient buffers": GRADIENT_BYTES[gradients] * n["all"], "checkpoints": s.layers * checkpoint,
-        "head: logits": logits[loss], "head: gradients": head, "layer: kept for backward": tokens * layer_bytes(s, output=output),
+        "head: logits": logits[loss], "head: gradients": head, "layer: kept for backward": tokens * layer_bytes(s),
         "layer: checkpoints gone": 0 if last == "all" else -checkpoint,
     }  # fmt: skip
     out = {name: value / m.GIB for name, value in out.items()}
@@ -81,8 +77,8 @@ def account(s: Shape, tokens: int, way: str, gradients: str = "fp32", output: bo
     return out
 
 
-def flops(s: Shape, tokens: int, way: str, output: bool = False) -> dict[str, float]:
-    """TFLOP of forward, recompute and backward: layers before the last, the last one, the head. output: see layer_bytes."""
+def flops(s: Shape, tokens: int, way: str) -> dict[str, float]:
+    """TFLOP of forward, recompute and backward: layers before the last, the last one, the head."""
     of, loss, last = WAYS[way]
     rows = num_rows(tokens, of == "kept")
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
@@ -91,7 +87,7 @@ def flops(s: Shape, tokens: int, way: str, output: bool = False) -> dict[str, fl
     def layer(query_rows: int, mlp_rows: int) -> float:
         products = 2 * s.hidden * (2 * query_rows * q + 2 * tokens * kv + 3 * mlp_rows * s.ffn)
         attention = tokens * causal if query_rows == tokens else query_rows * masked
-        unread = 0 if output else 2 * s.hidden * mlp_rows * s.ffn  # recompute stops before the MLP's last product
+        unread = 2 * s.hidden * mlp_rows * s.ffn  # recompute stops before the MLP's last product
         return 4 * products - unread + 4.5 * attention
 
     own = {"all": (tokens, tokens), "mlp": (tokens, rows), "kept": (rows, rows)}[last]
@@ -99,30 +95,28 @@ def flops(s: Shape, tokens: int, way: str, output: bool = False) -> dict[str, fl
     return {name: value / 1e12 for name, value in {**out, "all": sum(out.values())}.items()}
 
 
-def recorded() -> tuple[dict[tuple[str, int, str], dict], bool]:
-    """Rows of results/loss_rows_megatron_h200.json by (dtype of the gradient buffers, tokens, way); whether these steps recomputed the
-    layers' outputs (those before recompute.py did)."""
+def recorded() -> dict[tuple[str, int, str], dict]:
+    """Rows of results/loss_rows_megatron_h200.json by (dtype of the gradient buffers, tokens, way)."""
     file = m.RESULTS / "loss_rows_megatron_h200.json"
     found = json.loads(file.read_text()) if file.is_file() else {"tables": {"whole step": []}}
-    return {(r["gradients"], r["tokens"], r["way"]): r for r in found["tables"]["whole step"]}, found.get("layer_outputs_recomputed", True)
+    return {(r["gradients"], r["tokens"], r["way"]): r for r in found["tables"]["whole step"]}
 
 
 def tables(s: Shape, sizes: list[int]) -> dict[str, list[dict]]:
-    (measured, output), memory, work = recorded(), [], []
+    measured, memory, work = recorded(), [], []
     for gradients in GRADIENT_BYTES:
         for tokens in sizes:
-            every = account(s, tokens, "all, plain", gradients, output)["peak"]
+            every = account(s, tokens, "all, plain", gradients)["peak"]
             for way in WAYS:
-                counted = account(s, tokens, way, gradients, output)
+                counted = account(s, tokens, way, gradients)
                 real = measured.get((gradients, tokens, way), {}).get("peak GiB")
                 memory.append({"gradients": gradients, "tokens": tokens, "way": way, **{k: round(v, 2) for k, v in counted.items()},
                                "recorded peak": real, "counted / recorded": round(counted["peak"] / real, 4) if real else None,
-                               "of all": round(counted["peak"] / every, 3),
-                               "peak, output left out": round(account(s, tokens, way, gradients)["peak"], 2)})  # fmt: skip
+                               "of all": round(counted["peak"] / every, 3)})  # fmt: skip
     for tokens in sizes:
         for way in WAYS:
-            done, ms = flops(s, tokens, way, output), measured.get(("fp32", tokens, way), {}).get("ms")
-            rate = {"recorded ms": ms, "TFLOP/s": done["all"] / ms * 1e3 if ms else None, "all, output left out": flops(s, tokens, way)["all"]}
+            done, ms = flops(s, tokens, way), measured.get(("fp32", tokens, way), {}).get("ms")
+            rate = {"recorded ms": ms, "TFLOP/s": done["all"] / ms * 1e3 if ms else None}
             work.append({"tokens": tokens, "way": way, **{k: None if v is None else round(v, 2) for k, v in {**done, **rate}.items()}})
     return {"GiB": memory, "TFLOP": work}
 

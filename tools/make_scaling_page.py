@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from slime.planning.layout import Layout, Servers, Split
 from slime.planning.limits import CROWDED, limits
 from slime.planning.models import load_model
 from slime.planning.predict import Machine, Prediction, Task, predict
-from slime.planning.rates import STATUSES, Rates, load_rates
+from slime.planning.rates import STATUSES, load_rates
 from slime.planning.render import ROW_HEAD, markdown_limits, markdown_row
 from slime.planning.search import best_plan
 from slime.planning.workload import Workload
@@ -96,7 +95,7 @@ def measured_table(rates) -> list[str]:
     """The recorded steps beside their predictions."""
     whole_steps = rates.rates["reply_seconds"].status == "measured"  # services.py sampled more than 64 at once
     basis = {"generate": "measured" if whole_steps else "measured, with 64 at once", "score": "measured", "select": "calibrated: the GPU host's CPU",
-             "split": "calibrated", "train": rates.rates["train_layers_gain"].status, "sync": "copy measured, pause calibrated", "total": ""}  # fmt: skip
+             "split": "calibrated", "train": rates.rates["train_utilisation"].status, "sync": "copy measured, pause calibrated", "total": ""}  # fmt: skip
     lines = ["64 x 4 x 1,024, K = 16, budget 0.10, mask entropy, 256 responses at once, CUDA graphs up to 256 (`tools/plan_run.py --compare`):"]
     for topology, path in RECORDED.items():
         if not path.is_file():
@@ -108,7 +107,7 @@ def measured_table(rates) -> list[str]:
     missing = [PLACES[t][0].lower() + PLACES[t][1:] for t, path in RECORDED.items() if not path.is_file()]
     if missing:
         lines += ["", f"Not run as a whole: {'; '.join(missing)}."]
-    lines += ["", *what_it_rests_on(rates)]
+    lines += ["", *RESTS_ON]
     if not whole_steps:
         lines += ["What sampling rests on was measured with 64 responses at once, where a step was as long as the scheduler's Python; its part for each request",
                   "is taken to be the same with 256. The GPU's part of a step is a guess that no measurement here bounds. Three full garbage collections",
@@ -116,15 +115,8 @@ def measured_table(rates) -> list[str]:
     return lines + others(rates)
 
 
-def what_it_rests_on(rates) -> list[str]:
-    if rates.rates["train_layers_gain"].status == "measured":
-        return ["Sampling, scoring and training come from benchmarks of these parts alone (`services.py`, `loss_rows.py --part step`), not from these runs; `select`,",
-                "`split` and the pause of a sync are the one-GPU step's own numbers and show nothing there."]  # fmt: skip
-    real, guess = compared(Rates(rates.rates | {"train_layers_gain": replace(rates.rates["train_layers_gain"], value=1.0)}, rates.gpus), "one")
-    return ["Sampling and scoring come from a benchmark of these parts alone (`services.py`), not from these runs; `train`, `select`, `split` and the pause of a sync",
-            "are the one-GPU step's own numbers and show nothing there. Training alone (`loss_rows.py --part step`) was last timed before the layers' kernels and",
-            f"before recompute left out layers' outputs: by it training is predicted at {guess['train']:.3g} s ({guess['train'] / real['train'] - 1:+.0%}) and the step at "
-            f"{guess['total']:.3g} s ({guess['total'] / real['total'] - 1:+.0%})."]  # fmt: skip
+RESTS_ON = ["Sampling, scoring and training come from benchmarks of these parts alone (`services.py`, `loss_rows.py --part step`), not from these runs; `select`,",
+            "`split` and the pause of a sync are the one-GPU step's own numbers and show nothing there."]  # fmt: skip
 
 
 def others(rates) -> list[str]:

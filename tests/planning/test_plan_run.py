@@ -87,18 +87,6 @@ def test_sampling_and_scoring_follow_from_measurements_of_their_own(rates):
     assert seconds["spoilt"]["score"] == pytest.approx(recorded_seconds()["score"], rel=0.1)
 
 
-def as_timed_alone(rates) -> Rates:
-    """Training by loss_rows.py alone."""
-    return Rates(rates.rates | {"train_layers_gain": replace(rates.rates["train_layers_gain"], value=1.0)}, rates.gpus)
-
-
-def test_the_recorded_step_without_its_own_training(rates):
-    """The total by benchmarks of the parts, training by layers that were slower."""
-    real, guess = script("tools/make_scaling_page.py").compared(as_timed_alone(rates), "one")
-    assert guess["total"] == pytest.approx(real["total"], rel=0.2)
-    assert real["train"] < guess["train"] < 1.4 * real["train"]
-
-
 def test_the_earlier_step_without_graphs(rates):
     """205 responses at once, CUDA graphs for 64 only; sampling of its rollout 1, the rate of a step without a graph from its rollout 0."""
     recorded = json.loads((RESULTS / "opd_step_one_h200_64x4x1024_r0p10_first.jsonl").read_text().splitlines()[1])
@@ -111,7 +99,6 @@ def test_the_earlier_step_without_graphs(rates):
 @pytest.mark.parametrize("way, all_rows", [("kept, ours, last layer on kept rows", False), ("all, ours", True)])
 def test_times_and_peaks_of_the_trainer_alone(rates, way, all_rows):
     """benchmarks/loss_rows.py: one sequence batch without an optimizer, packed sequences of 4,096."""
-    rates = as_timed_alone(rates)
     table = json.loads((RESULTS / "loss_rows_megatron_h200.json").read_text())["tables"]["whole step"]
     rows = [r for r in table if r["way"] == way and r["gradients"] == "fp32"]
     assert len(rows) == 2

@@ -54,7 +54,7 @@ def train_seconds(model: Model, layout: Layout, work: Workload, gpu: Gpu, rates:
     sequences = work.responses / work.optimizer_steps
     busiest = -(-sequences // layout.dp) / sequences  # a rank trains whole sequences
     replica = work.trained_tokens * busiest  # tokens of the busiest data-parallel rank
-    utilisation = rates["train_utilisation"] * rates["train_layers_gain"] * rates["tensor_parallel_efficiency"] ** (layout.tp.bit_length() - 1)
+    utilisation = rates["train_utilisation"] * rates["tensor_parallel_efficiency"] ** (layout.tp.bit_length() - 1)
     if model.shape.is_moe:
         utilisation *= rates["expert_efficiency"]
     compute = done * busiest / (layout.tp * layout.cp * layout.pp) / (gpu.matmul * utilisation)
