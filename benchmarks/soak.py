@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -91,16 +89,33 @@ def left_files(run: LiveRun, seen: set[str]) -> list[str]:
     return sorted(scratch + [name for name in seen if Path(name).exists()])
 
 
+def line_of(process: psutil.Process) -> str:
+    """Its command line; empty where it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
 def kill_one(run: LiveRun, dice: random.Random) -> str:
     """Kills a random process of a random server; its name."""
-    role = dice.choice(["student", "teacher"])
-    supervisors = [p for p in run.named("supervise.py") if f"/{role} " in " ".join(p.cmdline())]
-    tree = [p for s in supervisors for p in (s, *s.children(recursive=True))]
-    what = dice.choice(list(VICTIMS))
-    choice = [p for p in tree if VICTIMS[what] in " ".join(p.cmdline()) and (what == "supervisor") == ("supervise.py" in " ".join(p.cmdline()))]
+    role, what = dice.choice(["student", "teacher"]), dice.choice(list(VICTIMS))
+    supervisors = [p for p in run.named("supervise.py") if f"/{role} " in line_of(p)]
+    tree = [p for s in supervisors for p in (s, *children_of(s))]
+    choice = [p for p in tree if VICTIMS[what] in line_of(p) and (what == "supervisor") == ("supervise.py" in line_of(p))]
     if not choice:  # between two starts
         return ""
-    os.kill(choice[0].pid, signal.SIGKILL)
+    try:
+        choice[0].kill()
+    except psutil.Error:
+        return ""
     return f"{role} {what}"
 
 

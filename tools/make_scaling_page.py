@@ -58,7 +58,7 @@ It prints the plan as flags of `train.py` and says of every rate whether it was 
 K = 16, a budget of 10 % spread evenly over the responses, prompts of 256 tokens, and the token bank on.
 
 Whole steps have been run as far as the next section shows. All other tables are predictions, and what they assume about links between
-nodes, tensor parallelism, experts and memory reserves has not been measured here.
+nodes, tensor parallelism beyond two cards, experts and memory reserves has not been measured here.
 
 ## Against what was measured
 

@@ -22,9 +22,15 @@ def kill(*processes: psutil.Process) -> None:
         os.kill(process.pid, signal.SIGKILL)
 
 
+def mains_of(run: LiveRun, model) -> list[psutil.Process]:
+    """The main processes of the run's servers for `model`: more than one while a dead one is replaced."""
+    supervisors = {p.pid for p in run.named("supervise.py", str(model))}
+    return [p for p in run.named("sglang_utils.launch", str(model)) if p.pid not in supervisors]
+
+
 def server_of(run: LiveRun, model) -> psutil.Process:
     """The main process of the run's server for `model`."""
-    (main,) = [p for p in run.named("sglang_utils.launch", str(model)) if "supervise" not in " ".join(p.cmdline())]
+    (main,) = mains_of(run, model)
     return main
 
 
@@ -36,7 +42,11 @@ def test_a_run_survives_what_kills_its_parts(task, servers, tmp_path):
         run.wait_rows(1)
         # a student engine, by its scheduler, while it samples: the rollout starts over on a new one with the current weights
         run.wait_sampling()
-        kill(next(p for p in server_of(run, task.student).children() if "scheduler" in " ".join(p.cmdline())))
+        first = server_of(run, task.student)
+        kill(next(p for p in first.children() if "scheduler" in " ".join(p.cmdline())))
+        # and the one that takes its place, while it starts
+        kill(run.wait(lambda: next((p for p in mains_of(run, task.student) if p.pid != first.pid), None), "another engine"))
+        run.wait_said("student_0 died while starting; starting again")
         run.wait_said("restarted student_0")
         run.wait_rows(len(run.rows()) + 2)
         # the only teacher, while it is needed: it is started again and the requests wait for it

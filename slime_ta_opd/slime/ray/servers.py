@@ -26,7 +26,7 @@ from ta_opd.errors import ConfigError, ServiceError, TaOpdError
 _LOOK_SECONDS = 1.0  # between two looks at the servers
 _PORT_SECONDS = 15.0  # for an asked-for port to be given back by the server that had it
 _CLEAN_SECONDS = 5.0  # for the owner of a dead server to remove its files
-_RESTARTS = 3  # starts in a row of one teacher that may fail
+_RESTARTS = 3  # starts in a row of one server that may fail
 
 
 @ray.remote
@@ -213,10 +213,8 @@ class Servers:
         deadline = time.monotonic() + patience
         while not (dead := self.dead(self.engines)) and time.monotonic() < deadline:
             time.sleep(0.2)
-        for m in dead:
-            self._restart(m, self.clients.student)
-        self._wait(dead)
         if dead:
+            self._bring_back(dead)
             self.set_version(self.version)
         if self.router is not None and (dead or not self.router.alive()):
             try:
@@ -224,6 +222,25 @@ class Servers:
             except TaOpdError as problem:  # requests go to the engines themselves then
                 print(f"the router is left out: {problem}", flush=True)
         return [m.name for m in dead]
+
+    def _bring_back(self, engines: list[Managed]) -> None:
+        """Starts dead student engines again; one that dies while it starts is started anew, as often in a row as a teacher."""
+        client, gone = self.clients.student, engines
+        deadline = time.monotonic() + self.args.server_start_timeout
+        for left in range(_RESTARTS - 1, -1, -1):
+            try:
+                for m in gone:
+                    self._restart(m, client)
+                urls = [m.url for m in engines]
+                self._wait(engines)
+                for url, m in zip(urls, engines, strict=True):
+                    client.move(url, m.url)
+                return
+            except ServiceError as problem:
+                gone = self.dead(engines)
+                if not gone or not left or time.monotonic() > deadline:
+                    raise
+                print(f"{', '.join(m.name for m in gone)} died while starting; starting again: {str(problem).splitlines()[0]}", flush=True)
 
     def _restart(self, m: Managed, client: SGLangClient) -> None:
         """Starts `m` again; `client` asks at the new address from now on."""
