@@ -52,18 +52,20 @@ def kind_of(process: psutil.Process) -> str:
 
 
 def measure(run: LiveRun) -> dict:
-    """Resident MiB and open files of the run's processes, by kind, and how many there are."""
+    """Resident MiB and open files of the run's processes, by kind, how many there are, and how many of them are servers'."""
     mib: dict[str, float] = {}
+    serving = 0
     files: dict[str, int] = {}
     found = run.look()
     for process in [psutil.Process(run.process.pid), *found]:
         try:
             kind = "driver" if process.pid == run.process.pid else kind_of(process)
+            serving += kind == "servers"
             mib[kind] = mib.get(kind, 0.0) + process.memory_info().rss / 2**20
             files[kind] = files.get(kind, 0) + process.num_fds()
         except psutil.Error:
             continue
-    return {"mib": mib, "files": files, "processes": len(found) + 1}
+    return {"mib": mib, "files": files, "processes": len(found) + 1, "serving": serving}
 
 
 def ports_of(run: LiveRun) -> set[int]:
@@ -159,7 +161,8 @@ def report(args, run, kills, samples, ports, left, files, seconds) -> dict:
     kinds = ("driver", "ray", "actors", "owners", "servers")
     mib = {kind: {name: round(statistics.median(s["mib"].get(kind, 0.0) for s in part), 1) for name, part in parts.items()} for kind in kinds}
     lasting = {name: round(sum(mib[kind][name] for kind in ("driver", "ray", "actors")), 1) for name in parts}
-    whole = {name: round(statistics.median(sum(s["mib"].values()) for s in part), 1) for name, part in parts.items()}
+    complete = max(s["serving"] for s in samples)  # while a server is mended its memory is not there
+    whole = {name: round(statistics.median(sum(s["mib"].values()) for s in part if s["serving"] == complete), 1) for name, part in parts.items()}
     fds = {kind: {name: statistics.median(s["files"].get(kind, 0) for s in part) for name, part in parts.items()} for kind in kinds}
     # other programs may get a port that the run had: only its own processes count
     listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in run.seen}

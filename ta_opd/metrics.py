@@ -56,7 +56,7 @@ def token_metrics(
     teacher_logprobs,
     response_lengths,
     support: str = "union_floor",
-    prefix_ema_alpha: float = 0.9,
+    prefix_ema_alpha: float | None = 0.9,
     teacher_at_student_ids: np.ndarray | None = None,
     partly_exact: bool = False,
     exact: Mapping[str, np.ndarray] | None = None,
@@ -66,7 +66,7 @@ def token_metrics(
     student, teacher: top-K of every response position, the samples one after another (in parts: nothing large is copied).
     sampled_ids [T]: the sampled tokens.
     student_logprobs, teacher_logprobs [T]: log-probs of the sampled tokens (NaN where unknown). response_lengths [N].
-    support: see the module. prefix_ema_alpha: weight of the past in `Cprefix_ema`, e_t = alpha*e_(t-1) + (1-alpha)*C_t.
+    support: see the module. prefix_ema_alpha: see `prefix_ema`; None leaves `Cprefix_ema` out.
     teacher_at_student_ids [T, K]: teacher log-probs at the student's ids, NaN where unknown; a row known in full has an exact C
     (`Cmass_exact` 1, `Cmass` = `Cmass_true`). A row known in part is exact only with `partly_exact` (the released way: what is unknown
     counts 0). exact: full-vocabulary "H" (nats), "KLf", "KLr", "C", each [T], and optionally "vocab_size" (then
@@ -102,7 +102,10 @@ def token_metrics(
     _exact_mass(out, student, teacher_at_student_ids, partly_exact)
     if support == "exact":
         _full_vocabulary(out, exact, T)
-    _prefix_ema(out["Cmass"], lengths_N, prefix_ema_alpha, out["Cprefix_ema"])
+    if prefix_ema_alpha is None:
+        del out["Cprefix_ema"]
+    else:
+        out["Cprefix_ema"] = prefix_ema(out["Cmass"], lengths_N, prefix_ema_alpha)
     return out
 
 
@@ -317,10 +320,14 @@ def _full_vocabulary(out: dict, exact: Mapping, T: int) -> None:
     out["Hs_topk_norm"][:] = out["Hs_topk"] / (np.log(vocab_size) if vocab_size else 1.0)
 
 
-def _prefix_ema(c_T, lengths_N, alpha: float, ema_T) -> None:
-    """Exponential mean of C over the prefix, per sample; all samples step together, longest first."""
+def prefix_ema(c_T: np.ndarray, response_lengths, alpha: float) -> np.ndarray:
+    """Exponential mean of C over the prefix of each sample, [T] in C's dtype: e_0 = C_0, e_t = alpha*e_(t-1) + (1-alpha)*C_t.
+
+    All samples step together, longest first: a step costs the same for one sample as for many.
+    """
+    lengths_N, ema_T = np.asarray(response_lengths, np.int64), np.zeros_like(c_T)
     if c_T.size == 0:
-        return
+        return ema_T
     starts_N = np.cumsum(lengths_N) - lengths_N
     order_N = np.argsort(-lengths_N, kind="stable")
     order_N = order_N[lengths_N[order_N] > 0]
@@ -334,3 +341,4 @@ def _prefix_ema(c_T, lengths_N, alpha: float, ema_T) -> None:
         at_N = starts_N[:alive] + position
         state_N = alpha * state_N[:alive] + (1 - alpha) * c_T[at_N]
         ema_T[at_N] = state_N
+    return ema_T

@@ -24,8 +24,12 @@ def fire(batch: Batch) -> Scored:
     heard_N = np.flatnonzero(count_N)
     dropped_N = heard_N[np.argsort(mean_N[heard_N], kind="stable")[: int(DROPPED * heard_N.size)]]
     candidates_T = valid_T & ~np.isin(sample_T, dropped_N)
-    student_T, teacher_T = batch["Hs_topk"], batch["Ht_topk"]
-    weight_T = 1 + A * (1 - teacher_T / max(teacher_T[valid_T].max(), 1e-12))
-    weight_T = weight_T * (1 + B * student_T / max(student_T[valid_T].max(), 1e-12))
+    student_T, teacher_T = (_of_largest(batch[name], valid_T) for name in ("Hs_topk", "Ht_topk"))
+    weight_T = (1 + A * (1 - teacher_T)) * (1 + B * student_T)
     weight_T = weight_T / weight_T[candidates_T].mean()
     return Scored(weight_T, weights=weight_T, candidates=candidates_T)
+
+
+def _of_largest(values_T: np.ndarray, valid_T: np.ndarray) -> np.ndarray:
+    """Share of the largest at a valid position; one that is not valid may have more, and counts as 1 (its weight is not used)."""
+    return np.minimum(values_T / max(values_T[valid_T].max(), 1e-12), 1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slime.backends.sglang_utils.client import Clients
-from slime.rollout import sglang_rollout
+from slime.rollout import measuring, sglang_rollout
 from slime.rollout.data_source import PromptDataSource
 from slime.rollout.evaluate import evaluate
 from slime.rollout.sampling import sampling_seed
@@ -47,6 +47,41 @@ def test_a_rollout(args, tokenizer):
     again = generate_rollout(args, 5, PromptDataSource(args, tokenizer), clients())
     assert [s.tokens for s in flat(again)] == [s.tokens for s in flat(groups)]  # seeds hang on the sample, not on time
     assert len({tuple(s.response_ids) for s in flat(groups)}) == 6
+
+
+def test_samples_are_measured_while_others_are_still_scored(args, tokenizer, monkeypatch):
+    """The last request of the teacher is answered only when the first samples have their metrics."""
+    monkeypatch.setattr(measuring, "_TOKENS", 16)  # two responses
+    both, source, seen = clients(), PromptDataSource(args, tokenizer), []
+    teacher, put = both.teachers["default"], measuring.measure_samples
+
+    def measured(options, samples):
+        put(options, samples)
+        seen.append([s.index for s in samples])
+
+    async def last_waits(ids, length, *rest, _score=teacher.score, **kw):
+        if len(teacher.calls) == 5:
+            async with asyncio.timeout(30):
+                while sum(map(len, seen)) < 4:
+                    await asyncio.sleep(0.001)
+        return await _score(ids, length, *rest, **kw)
+
+    monkeypatch.setattr(measuring, "measure_samples", measured)
+    teacher.score = last_waits
+    samples = flat(generate_rollout(args, 0, source, both))
+    assert sorted(i for part in seen for i in part) == [0, 1, 2, 3, 4, 5]
+    for s in samples:
+        assert s.token_metrics["Cmass"].shape == (8,) and s.token_metrics["student_topk_mass"].min() > 0
+
+
+def test_a_malformed_sample_ends_the_rollout(args, tokenizer, monkeypatch):
+    def refuse(options, samples):
+        raise DataError("sample 0 (index 0): broken")
+
+    monkeypatch.setattr(measuring, "measure_samples", refuse)
+    source = PromptDataSource(args, tokenizer)
+    with pytest.raises(DataError, match="broken"):
+        generate_rollout(args, 0, source, clients())
 
 
 def test_seeds():

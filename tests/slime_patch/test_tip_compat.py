@@ -5,6 +5,7 @@ import logging
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from port_helpers import kept_rows, load_cases, plain_samples
 
@@ -61,6 +62,37 @@ def test_samples_of_this_tree_get_weights_and_keep_their_loss_mask():
     assert summary["kept_per_sample"] == [int(s.opd_weights.sum()) for s in samples]
     assert summary["exact_fraction"] == 0.0
     assert all(s.student_topk is not None and s.teacher_topk is not None for s in samples)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("profile", ["paper", "released"])
+def test_measuring_in_any_parts_changes_nothing(tmp_path, profile, exact):
+    """Every column of the bank and every weight, with samples measured before in two parts, all but one, or not at all."""
+    found = []
+    for parts in ((), ((1, 3), (0, 2, *range(4, len(CASE["samples"])))), (range(1, len(CASE["samples"])),)):
+        samples, folder = tree_samples(), tmp_path / str(len(found))
+        if exact:
+            for s in samples:
+                s.teacher_at_student_ids = np.where(s.student_topk.ids % 3 > 0, s.student_topk.logprobs - 0.5, np.nan).astype(np.float32)
+        args = options(opd_profile=profile, opd_exact_cmass=exact, opd_token_bank_dir=str(folder), opd_compat_proxy="prefix_ema")
+        for part in parts:
+            tip_compat.measure_samples(args, [samples[i] for i in part])
+        assert [s.token_metrics is not None for s in samples] == [any(i in part for part in parts) for i in range(len(samples))]
+        summary = tip_compat.select_for_samples(args, samples, 0)
+        assert all(s.token_metrics is None for s in samples)
+        tip_compat.close_token_banks()
+        found.append((read_bank(folder), [s.opd_weights.tolist() for s in samples], summary))
+    for bank, weights, summary in found[1:]:
+        pd.testing.assert_frame_equal(bank, found[0][0], check_exact=True)
+        assert weights == found[0][1] and summary == found[0][2]
+    assert found[0][0]["Cprefix_ema"].nunique() > 5 and sum(map(sum, found[0][1])) > 0
+
+
+def test_measuring_names_the_sample_that_is_malformed():
+    samples = tree_samples()
+    samples[2].rollout_log_probs = samples[2].rollout_log_probs[:-1]
+    with pytest.raises(DataError, match=f"index {samples[2].index}"):
+        tip_compat.measure_samples(options(), samples)
 
 
 def test_both_kinds_of_samples_are_kept_alike():

@@ -185,6 +185,17 @@ def test_fire_drops_unlikely_responses_and_normalises_the_weights():
     assert selection.weights[:40].mean() == pytest.approx(1, rel=1e-5) and not selection.weights[40:].any()
 
 
+def test_fire_with_masked_tokens_of_larger_entropy_than_all_others():
+    """They are no targets, so their weights are not used; they must not turn negative either."""
+    rng = np.random.default_rng(0)
+    metrics = {name: rng.random(50) for name in ("Hs_topk_norm", "KLf_union", "Cmass", "Hs_topk", "Ht_topk", "teacher_logp_sampled")}
+    valid = np.arange(50) % 5 > 0
+    expected = select_tokens(metrics, valid, [5] * 10, SelectionConfig(mask="fire")).weights
+    for name in ("Hs_topk", "Ht_topk"):
+        metrics[name] = np.where(valid, metrics[name], 9.0)
+    np.testing.assert_array_equal(select_tokens(metrics, valid, [5] * 10, SelectionConfig(mask="fire")).weights, expected)
+
+
 def test_sparse_supervision_keeps_one_or_two_tokens_of_every_response():
     metrics = columns()
     adv = metrics["sampled_teacher_adv"]

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from slime.backends.sglang_utils import loop
+from slime.rollout.measuring import Measuring
 from slime.rollout.on_policy_distillation import score_sample
 from slime.rollout.progress import Progress
 from slime.rollout.sampling import call_custom, restart, sample_response, sampling_params
@@ -61,7 +62,7 @@ class _Rollout:
         kept: list[list[Sample]] = []
         pending: dict[asyncio.Task, list[Sample]] = {}
         refused = 0
-        with Progress(f"rollout {self.rollout_id}", wanted * args.n_samples_per_prompt) as self.progress:
+        with Measuring(args) as self.measuring, Progress(f"rollout {self.rollout_id}", wanted * args.n_samples_per_prompt) as self.progress:
             try:
                 while len(kept) < wanted:
                     missing = ahead - len(kept) - len(pending)
@@ -84,6 +85,7 @@ class _Rollout:
                 await self._give_back(pending, restart_unfinished=not getattr(args, "partial_rollout", False))
                 pending.clear()
                 await _gather([self._score(sample) for group in kept for sample in group])
+                await self.measuring.finish()
             except BaseException:
                 await self._cancel(pending)
                 self._return_groups(kept + list(pending.values()), restart_unfinished=True)
@@ -119,6 +121,7 @@ class _Rollout:
         await score_sample(self.args, sample, self.clients.teacher_of(sample.metadata))
         self.scored_at = time.monotonic()
         self.score_seconds += self.scored_at - began
+        self.measuring.add(sample)
 
     async def _sample(self, sample: Sample) -> None:
         client = self.clients.student
@@ -155,6 +158,7 @@ class _Rollout:
     def _return_groups(self, groups: list[list[Sample]], restart_unfinished: bool) -> None:
         groups = sorted(groups, key=lambda group: group[0].group_index)
         for sample in (s for group in groups for s in group):
+            sample.token_metrics = None
             unfinished = sample.status in (Sample.Status.PENDING, Sample.Status.ABORTED)
             if unfinished and (restart_unfinished or sample.status is Sample.Status.PENDING):
                 restart(sample)

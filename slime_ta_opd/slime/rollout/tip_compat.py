@@ -20,7 +20,7 @@ import numpy as np
 
 import ta_opd
 from ta_opd.errors import DataError
-from ta_opd.metrics import position_columns, token_metrics
+from ta_opd.metrics import position_columns, prefix_ema, token_metrics
 from ta_opd.selection import Selection, SelectionConfig, select_tokens
 from ta_opd.slime_patch.options import reply_dtype, resolve, selects
 from ta_opd.token_bank import TokenBankWriter
@@ -67,6 +67,18 @@ def select_for_samples(
     options = resolve(args)
     scored = [_from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0]
     return _run(options, scored, samples, rollout_id, exact)
+
+
+def measure_samples(args: Any, samples: Sequence[Any]) -> None:
+    """The metrics of scored samples, put on `sample.token_metrics` for `select_for_samples`, which then need not compute them.
+
+    They are the same whichever samples are measured together, so a caller can measure while other samples are still being scored.
+    Raises DataError as `select_for_samples`.
+    """
+    options = resolve(args)
+    scored = [_from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0]
+    if scored:
+        _measure(options, scored)
 
 
 def process_tip_compat_metrics(
@@ -236,27 +248,11 @@ def _run(
         empty = {"num_tokens": 0, "num_valid_tokens": 0, "num_kept_tokens": 0, "keep_ratio": 0.0}
         return {**empty, "exact_fraction": 0.0, "kept_per_sample": [0] * len(samples)}
     lengths_N = np.array([s.length for s in scored])
-    student, teacher, known = _stack(scored)
-    if config.profile == "released":  # its numbers are float64; those of servers are float32
-        student, teacher = student.astype(np.float64), teacher.astype(np.float64)
-    token_ids_T = np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored])
+    student, teacher = _stack(options, scored)
+    token_ids_T = _token_ids(scored)
     valid_T = np.concatenate([s.valid_L for s in scored])
-    support = "exact" if exact is not None else options.opd_divergence_support or "union_floor"
-    if exact is not None:
-        exact = {name: np.concatenate([np.asarray(values[s.ordinal]) for s in scored]) for name, values in exact.items()}
-    metrics = token_metrics(
-        student,
-        teacher,
-        sampled_ids=token_ids_T,
-        student_logprobs=_join(scored, "student_logprobs_L"),
-        teacher_logprobs=_join(scored, "teacher_logprobs_L"),
-        response_lengths=lengths_N,
-        support=support,
-        prefix_ema_alpha=options.opd_compat_prefix_ema_alpha,
-        teacher_at_student_ids=known,
-        partly_exact=config.profile == "released",
-        exact=exact,
-    )
+    metrics = _collect(options, scored) if exact is None else _metrics(options, scored, exact)
+    metrics["Cprefix_ema"] = prefix_ema(metrics["Cmass"], lengths_N, options.opd_compat_prefix_ema_alpha)
     selection = select_tokens(
         metrics, valid_T, lengths_N, config,
         rollout_id=rollout_id, student=student, teacher=teacher, sampled_ids=token_ids_T,
@@ -269,12 +265,59 @@ def _run(
         if options.opd_token_bank_raw_topk:
             columns |= {"student_top_ids": student.ids, "student_top_logps": student.logprobs}
             columns |= {"teacher_top_ids": teacher.ids, "teacher_top_logps": teacher.logprobs}
-        _writer(options, config, support).write(rollout_id, columns)
+        _writer(options, config, _support(options, exact)).write(rollout_id, columns)
     exact_fraction = float(metrics["Cmass_exact"][valid_T].mean()) if valid_T.any() else 0.0
     return {**selection.summary, "exact_fraction": exact_fraction, "kept_per_sample": kept_per_sample}
 
 
-def _stack(scored: list[_Scored]) -> tuple[TopKParts, TopKParts, np.ndarray | None]:
+def _collect(options: SimpleNamespace, scored: list[_Scored]) -> dict[str, np.ndarray]:
+    """Metrics of all positions, computed for those samples that `measure_samples` has not measured; they leave the samples."""
+    todo = [s for s in scored if getattr(s.sample, "token_metrics", None) is None]
+    if len(todo) == len(scored):
+        return _metrics(options, scored)
+    if todo:
+        _measure(options, todo)
+    parts = [s.sample.token_metrics for s in scored]
+    for s in scored:
+        s.sample.token_metrics = None
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _measure(options: SimpleNamespace, scored: list[_Scored]) -> None:
+    metrics = _metrics(options, scored)
+    ends_N = np.cumsum([s.length for s in scored])
+    for s, end in zip(scored, ends_N.tolist(), strict=True):
+        s.sample.token_metrics = {name: values[end - s.length : end] for name, values in metrics.items()}
+
+
+def _metrics(options: SimpleNamespace, scored: list[_Scored], exact: dict[str, Sequence[np.ndarray]] | None = None) -> dict[str, np.ndarray]:
+    student, teacher = _stack(options, scored)
+    if exact is not None:
+        exact = {name: np.concatenate([np.asarray(values[s.ordinal]) for s in scored]) for name, values in exact.items()}
+    return token_metrics(
+        student,
+        teacher,
+        sampled_ids=_token_ids(scored),
+        student_logprobs=_join(scored, "student_logprobs_L"),
+        teacher_logprobs=_join(scored, "teacher_logprobs_L"),
+        response_lengths=[s.length for s in scored],
+        support=_support(options, exact),
+        prefix_ema_alpha=None,  # slow for few samples: done once for all of them
+        teacher_at_student_ids=_known(scored),
+        partly_exact=options.opd_profile == "released",
+        exact=exact,
+    )
+
+
+def _support(options: SimpleNamespace, exact: Any) -> str:
+    return "exact" if exact is not None else options.opd_divergence_support or "union_floor"
+
+
+def _token_ids(scored: list[_Scored]) -> np.ndarray:
+    return np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored])
+
+
+def _stack(options: SimpleNamespace, scored: list[_Scored]) -> tuple[TopKParts, TopKParts]:
     k = scored[0].student.K
     for s in scored:
         if s.student.K != k or s.teacher.K != k:
@@ -287,13 +330,17 @@ def _stack(scored: list[_Scored]) -> tuple[TopKParts, TopKParts, np.ndarray | No
                 f"{_name(s.sample, s.ordinal)}: teacher_at_student_ids has shape {s.teacher_at_student.shape}, "
                 f"expected {s.student.ids.shape}"
             )
-    known = None
-    if any(s.teacher_at_student is not None for s in scored):
-        unknown = (np.full(s.student.ids.shape, np.nan, np.float32) for s in scored)
-        known = np.concatenate(
-            [s.teacher_at_student if s.teacher_at_student is not None else u for s, u in zip(scored, unknown, strict=True)]
-        )
-    return TopKParts([s.student for s in scored]), TopKParts([s.teacher for s in scored]), known
+    student, teacher = TopKParts([s.student for s in scored]), TopKParts([s.teacher for s in scored])
+    if options.opd_profile == "released":  # its numbers are float64; those of servers are float32
+        student, teacher = student.astype(np.float64), teacher.astype(np.float64)
+    return student, teacher
+
+
+def _known(scored: list[_Scored]) -> np.ndarray | None:
+    if all(s.teacher_at_student is None for s in scored):
+        return None
+    unknown = (np.full(s.student.ids.shape, np.nan, np.float32) for s in scored)
+    return np.concatenate([s.teacher_at_student if s.teacher_at_student is not None else u for s, u in zip(scored, unknown, strict=True)])
 
 
 def _join(scored: list[_Scored], name: str) -> np.ndarray | None:

@@ -22,6 +22,7 @@ class Sample:
     overwritten by selection). opd_weights: how much direct supervision a position gets (0 = not selected), float32.
     student_topk, teacher_topk: the K most likely tokens of each model at every response position.
     teacher_at_student_ids: teacher log-probs at the student's top-K ids, float32 [L, K], NaN where unknown.
+    token_metrics: columns of ta_opd.metrics, from scoring to selection.
     weight_versions: [version, number of tokens] of the weights that the response was sampled with, in its order.
     """
 
@@ -47,6 +48,7 @@ class Sample:
     teacher_topk: TopK | None = None
     teacher_at_student_ids: np.ndarray | None = None
     opd_weights: np.ndarray | None = None
+    token_metrics: dict[str, np.ndarray] | None = None
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict)
     weight_versions: list[list] = field(default_factory=list)
