@@ -4,7 +4,8 @@
     python benchmarks/manager.py --quick    # 8,192 tokens, K = 16: seconds
 
 The stages of slime/ray/rollout.py, called as they are there: parsing a generation reply (JSON) and a scoring reply (packed
-top-K), selection (metrics, scores, mask, columns of the bank queued), collecting and splitting over 8 data-parallel ranks
+top-K), metrics of scored samples (so many tokens at a time as slime/rollout/measuring.py takes), selection (scores over the batch,
+mask, columns of the bank queued), collecting and splitting over 8 data-parallel ranks
 with the copy into shared memory, and writing the bank's file (a thread of the same process). One core, best of a few runs;
 us a token in CPU time. `tools/plan_run.py` reads the result.
 """
@@ -87,11 +88,17 @@ def ship(samples: list[Sample]) -> int:
     return size
 
 
+def measured(options, samples: list[Sample], together: int) -> None:
+    """Metrics of all samples, so many at a time; anew where they have some."""
+    for start in range(0, len(samples), together):
+        tip_compat.measure_samples(options, samples[start : start + together])
+
+
 def measure(tokens: int, k: int, runs: int) -> dict:
     """One line of the table: us of CPU a response token by stage, and bytes a token."""
     count = tokens // RESPONSE
     batch = synthetic_batch(tokens, k)
-    few = min(count, 16)
+    few = min(count, 16)  # responses measured together, too
     slices = [slice(i * RESPONSE, (i + 1) * RESPONSE) for i in range(few)]
     generated, scored = [generate_reply(batch, s) for s in slices], [score_reply(batch, s) for s in slices]
     samples = make_samples(batch, count)
@@ -101,23 +108,29 @@ def measure(tokens: int, k: int, runs: int) -> dict:
     stages = {
         "parse_generate": (lambda: [wire.parse_generate(r, k) for r in generated], part),
         "parse_score": (lambda: [wire.parse_score(r, RESPONSE, k) for r in scored], part),
-        "select": (lambda: tip_compat.select_for_samples(options, samples, 0), tokens),
+        "measure": (lambda: measured(options, samples, few), tokens),
     }
     for name, (work, divisor) in stages.items():
         out[name] = best_of(runs, work)[0] / divisor * 1e6
+    selections = []
+    for _ in range(runs):
+        measured(options, samples, few)
+        selections.append(best_of(1, lambda: tip_compat.select_for_samples(options, samples, 0))[0])
+    out["select"] = min(selections) / tokens * 1e6
     out["ship_bytes"] = ship(samples) / tokens
     out["ship"] = best_of(runs, lambda: ship(samples))[0] / tokens * 1e6
     with tempfile.TemporaryDirectory() as directory:
         options.opd_token_bank_dir = directory
 
         def bank():
+            measured(options, samples, few)
             tip_compat.select_for_samples(options, samples, 0)
             tip_compat.flush_token_banks()
 
         cpu, wall = best_of(2, bank)
         tip_compat.close_token_banks()
-        out["bank"] = cpu / tokens * 1e6 - out["select"]
-        out["bank_wall"] = wall / tokens * 1e6 - out["select"]
+        both = out["measure"] + out["select"]
+        out["bank"], out["bank_wall"] = cpu / tokens * 1e6 - both, wall / tokens * 1e6 - both
         out["bank_bytes"] = next(Path(directory).glob("rollout_*")).stat().st_size / tokens
     return out
 

@@ -74,7 +74,7 @@ MECHANICS = """
 - **Train**: operations (6 N a token, attention, kept rows through the vocabulary matrix, recompute up to each MLP's last product) at the measured share of the
   matrix rate,
   a fixed time a micro-batch, then messages of TP, CP and EP, the pipeline's bubble, gradients and the optimizer.
-- **The manager** (select, split, parse, bank): times a token of one core from `benchmarks/manager.py`, times what the GPU host's manager
+- **The manager** (parse, measure, select, split, bank): times a token of one core from `benchmarks/manager.py`, times what the GPU host's manager
   took longer than that machine's (`manager_factor`: another core, and client threads beside it).
 - **Memory**: 18 bytes a trainer parameter, the 12 of the optimizer divided over data- and context-parallel ranks; inputs of all layers and one
   layer's working set as measured; server weights, 4 GiB of reserve each, caches.
@@ -94,7 +94,7 @@ def compared(rates, topology: str) -> tuple[dict[str, float], dict[str, float]]:
 def measured_table(rates) -> list[str]:
     """The recorded steps beside their predictions."""
     whole_steps = rates.rates["reply_seconds"].status == "measured"  # services.py sampled more than 64 at once
-    basis = {"generate": "measured" if whole_steps else "measured, with 64 at once", "score": "measured", "select": "calibrated: the GPU host's CPU",
+    basis = {"generate": "measured" if whole_steps else "measured, with 64 at once", "score": "measured", "select": "the GPU host's CPU calibrated; metrics were in it",
              "split": "calibrated", "train": rates.rates["train_utilisation"].status, "sync": "copy measured, pause calibrated", "total": ""}  # fmt: skip
     lines = ["64 x 4 x 1,024, K = 16, budget 0.10, mask entropy, 256 responses at once, CUDA graphs up to 256 (`tools/plan_run.py --compare`):"]
     for topology, path in RECORDED.items():
@@ -177,11 +177,12 @@ def asynchronous(rates) -> list[str]:
 def breaking(rates, plans: list[tuple[Task, Prediction]]) -> list[str]:
     one = Task(load_model("1.7B"), load_model("4B"), Workload(), Machine(rates.gpu("H200"), 1), rates)
     found = {x.name: x for x in limits(one, predict(one, SPLITS["one"]))}
-    parse, select = found["replies parsed in one process"], found["batch-wide statistics and mask"]
+    parse, select = found["replies parsed and measured in one process"], found["batch-wide statistics and mask"]
     ship, bank = found["splitting and shipping"], found["token bank, one thread"]
     middle = predict(one, SPLITS["one"]).middle
     reply = middle.reply_bytes / one.work.response_tokens
-    slower = (rates["parse_us_fixed"] + 16 * rates["parse_us_per_k"]) / (rates["parse_us_fixed"] + 64 * rates["parse_us_per_k"])
+    at_16, at_64 = (sum(rates[f"{n}_us_fixed"] + k * rates[f"{n}_us_per_k"] for n in ("parse", "measure")) for k in (16, 64))
+    slower = at_16 / at_64
     first = []
     for task, p in plans:
         top = limits(task, p)[:2]
@@ -192,8 +193,8 @@ def breaking(rates, plans: list[tuple[Task, Prediction]]) -> list[str]:
     return f"""
 ## What breaks first
 
-One process stands in the middle: the `RolloutManager` actor. Every reply of every engine and teacher is read and parsed in it, the
-statistics of the whole batch are computed in it, and it cuts the batch into shards. Per-token data never pass through the driver
+One process stands in the middle: the `RolloutManager` actor. Every reply of every engine and teacher is read, parsed and measured in it,
+the statistics of the whole batch are computed in it, and it cuts the batch into shards. Per-token data never pass through the driver
 (it holds references), and each trainer rank fetches the shard of its data-parallel share only. Allowance: {CROWDED:.0%} of the step for what
 the step waits for, all of the phase it hides behind for the rest.
 
@@ -201,17 +202,17 @@ the step waits for, all of the phase it hides behind for the rest.
 |---|---|---|---|---|
 {chr(10).join(first)}
 
-**Reply bytes and parsing.** A response token at K = 16 comes as {reply:,.0f} bytes: {rates["generate_bytes_fixed"] + 16 * rates["generate_bytes_per_k"]:,.0f} from the student in JSON,
-{rates["score_bytes_fixed"] + 16 * rates["score_bytes_per_k"]:,.0f} from the teacher, whose top-K is packed. Parsing takes {1e6 * middle.parse / one.work.response_tokens:.2f} us of one core of the GPU host, so one manager saturates at
+**Reply bytes, parsing and metrics.** A response token at K = 16 comes as {reply:,.0f} bytes: {rates["generate_bytes_fixed"] + 16 * rates["generate_bytes_per_k"]:,.0f} from the student in JSON,
+{rates["score_bytes_fixed"] + 16 * rates["score_bytes_per_k"]:,.0f} from the teacher, whose top-K is packed. Parsing and the metrics of each token take {1e6 * middle.parse / one.work.response_tokens:.2f} us of one core of the GPU host, so one manager saturates at
 {parse.breaks_at:,.0f} response tokens a second ({parse.breaks_at * reply / 1e6:,.0f} MB/s); at K = 64 at {parse.breaks_at * slower:,.0f}. What the code does: replies become float32 and int32
 arrays the moment they arrive, raw bytes are dropped, large ones are parsed in threads, the score's top-K skips JSON, only the response
-span is asked for, and all of it runs beside generation. What it does not do: spread replies over several processes. Past that rate
-`generate` is as long as parsing; the planner counts it so. One event loop also holds one connection a running response.
+span is asked for, metrics are computed in a thread in blocks that stay in cache as soon as a response is scored, and all of it runs beside
+generation. What it does not do: spread replies over several processes. Past that rate `generate` is as long as this work; the planner counts it so. One event loop also holds one connection a running response.
 
-**Batch-wide statistics.** Metrics, quantiles over the batch and the mask take {1e6 * middle.select / one.work.response_tokens:.2f} us a token on the GPU host, and the step waits for them: 10 % of a
-step at {select.breaks_at:,.0f} tokens a second. Memory is about {middle.held_bytes / one.work.response_tokens:,.0f} bytes a token while they run. What the code does: metrics are
-computed in blocks that stay in cache, float32, quantiles by partition and not by sorting. Metrics do not depend on other tokens and
-could be computed as replies arrive; they are not yet. The quantiles alone need the whole batch.
+**Batch-wide statistics.** Quantiles over the batch, scores and the mask take {1e6 * middle.select / one.work.response_tokens:.2f} us a token on the GPU host, and the step waits for them: 10 % of a
+step at {select.breaks_at:,.0f} tokens a second. Memory is about {middle.held_bytes / one.work.response_tokens:,.0f} bytes a token while they run. What the code does: float32, quantiles by
+partition and not by sorting, and nothing here that a single response could have had before. (The recorded steps above computed the metrics here, too;
+their `select` is that of both.)
 
 **Splitting and shipping.** {middle.ship_bytes / one.work.response_tokens:,.0f} bytes a token into Ray's shared memory, {1e6 * middle.split / one.work.response_tokens:.2f} us a token, 10 % of a step at {ship.breaks_at:,.0f} tokens a second. Tensor-, pipeline-
 and context-parallel ranks of one share fetch the same object.

@@ -36,7 +36,7 @@ def limits(task: Task, prediction: Prediction) -> list[Limit]:
     tokens, total = task.work.response_tokens, prediction.total
     beside = p.seconds["generate"] + p.seconds["score"]
     found = [
-        _limit("replies parsed in one process", m.parse, beside, True, f"{m.reply_bytes / beside / 1e6:,.0f} MB/s", tokens / m.parse if m.parse else 0.0),
+        _limit("replies parsed and measured in one process", m.parse, beside, True, f"{m.reply_bytes / beside / 1e6:,.0f} MB/s", tokens / m.parse if m.parse else 0.0),
         _limit("batch-wide statistics and mask", m.select, total, False, f"{m.held_bytes / 1e9:,.1f} GB held", CROWDED * tokens / m.select if m.select else 0.0),
         _limit("splitting and shipping", m.split, total, False, f"{m.ship_bytes / 1e9:,.1f} GB", CROWDED * tokens / m.split if m.split else 0.0),
         _limit("token bank, one thread", m.bank, total, True, f"{m.bank_bytes / 1e9:,.2f} GB a step", tokens / m.bank if m.bank else 0.0),

@@ -44,7 +44,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Middle:
-    """The rollout manager, one process: seconds of its one core, bytes. parse and bank run beside other phases."""
+    """The rollout manager, one process: seconds of its one core, bytes. parse (with the metrics) and bank run beside other phases."""
 
     parse: float
     select: float
@@ -95,7 +95,7 @@ def middle(task: Task) -> Middle:
     reply = per_token("generate_bytes") + per_token("score_bytes")
     held = 2 * 8 * k + 64 + 4 * 60  # both top-K, ids and log-probs, and about sixty columns of metrics and scores
     bank = (rates["bank_us"] * us, rates["bank_bytes"] * tokens) if work.bank else (0.0, 0.0)
-    return Middle(per_token("parse_us") * us, per_token("select_us") * us, rates["split_us"] * 1e-6 * tokens, bank[0],
+    return Middle((per_token("parse_us") + per_token("measure_us")) * us, per_token("select_us") * us, rates["split_us"] * 1e-6 * tokens, bank[0],
                   reply * tokens, per_token("ship_bytes") * tokens, bank[1], held * tokens)  # fmt: skip
 
 
