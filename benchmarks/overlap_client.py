@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "slime_ta_opd")]
 
 from benchmarks.manager import generate_reply, score_reply  # noqa: E402
-from benchmarks.own_lengths import PreparedIds, own_length, own_params  # noqa: E402
+from benchmarks.own_lengths import PreparedIds, own_length, own_params, take_metrics  # noqa: E402
 from benchmarks.selection import RESPONSE, machine, synthetic_batch  # noqa: E402
 from benchmarks.services import gather, timed  # noqa: E402
 from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
@@ -112,10 +112,11 @@ def measure(args: SimpleNamespace, clients: Clients, repeats: int) -> list[dict]
         seconds = time.perf_counter() - began
         assert sorted(s.response_length for s in samples) == sorted(lengths) and all(len(s.teacher_topk) == s.response_length for s in samples)
         kept.append(samples)
+        columns = take_metrics(samples) / sum(lengths)
         first = process.memory_info().rss if n == 0 else first
         grown = (process.memory_info().rss - first) / (sum(lengths) * max(n, 1))
         rows.append({"seconds": seconds, "ratio": seconds / (min(alone) + min(last)), "not_hidden": clients.take_seconds()["score"],
-                     "processor_seconds": time.process_time() - processor, "resident_bytes": grown})  # fmt: skip
+                     "processor_seconds": time.process_time() - processor, "resident_bytes": grown, "metric_bytes_until_selection": columns})  # fmt: skip
     return [{"generation_alone": min(alone), "last_score": min(last), "best_possible": best_possible(lengths),
              "response_tokens": sum(lengths)}, *rows[1:]]
 

@@ -46,6 +46,16 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+def take_metrics(samples) -> int:
+    """Takes the metric columns off, as selection does right after a rollout; the bytes they held."""
+    size = 0
+    for sample in samples:
+        size += sum(values.nbytes for values in (sample.token_metrics or {}).values())
+        sample.token_metrics = None
+    memory.return_unused()
+    return size
+
+
 def held_bytes(samples) -> int:
     """Bytes that the samples' per-token data hold: arrays, token lists (of numbers that all rollouts share), texts."""
     size, shared = 0, {id(t) for t in shared_ids(range(max(max(s.tokens) for s in samples) + 1))}

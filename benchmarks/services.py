@@ -30,7 +30,7 @@ import psutil
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "slime_ta_opd")]
 
 from benchmarks import decode_log, own_lengths  # noqa: E402
-from benchmarks.own_lengths import PreparedIds, held_bytes, own_length, own_params, resident  # noqa: E402
+from benchmarks.own_lengths import PreparedIds, held_bytes, own_length, own_params, resident, take_metrics  # noqa: E402
 from benchmarks.service_models import bucketed, hf_shapes, write_model  # noqa: E402
 from slime.backends.sglang_utils import loop  # noqa: E402
 from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
@@ -298,10 +298,11 @@ class Bench:
             groups = generate_rollout(self.args, n, source, self.clients)
             seconds, parts = time.perf_counter() - began, self.clients.take_seconds()
             kept_rollouts.append(groups)
-            grown = (psutil.Process().memory_info().rss - before) / (tokens * len(kept_rollouts))  # as the rollout left it
+            columns = take_metrics([s for g in groups for s in g]) / tokens
+            grown = (psutil.Process().memory_info().rss - before) / (tokens * len(kept_rollouts))  # as the loop leaves it
             kept = held_bytes([s for g in groups for s in g]) / tokens
             self.row("overlap", seconds=seconds, generation_alone=alone, last_score=one, ratio=seconds / (alone + one),
-                     not_hidden=parts["score"], bytes_per_token=kept, rollouts_kept=n + 1, resident_bytes_per_token=grown)  # fmt: skip
+                     not_hidden=parts["score"], bytes_per_token=kept, metric_bytes_until_selection=columns, rollouts_kept=n + 1, resident_bytes_per_token=grown)  # fmt: skip
 
     def router(self) -> None:
         """Two engines, 8 samples a prompt: our own balancing (fewest in flight) against sglang-router in front.
