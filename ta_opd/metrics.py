@@ -178,7 +178,7 @@ def _block_metrics(student: TopK, teacher: TopK, sampled_B, support: str, scratc
 
 def _usable(topk: TopK) -> TopK:
     """Entries with an id and a finite log-prob, as `TopK.from_lists` leaves them; hand-made arrays may need repair."""
-    if np.array_equal(topk.ids >= 0, np.isfinite(topk.logprobs)):
+    if np.array_equal(topk.ids >= 0, np.isfinite(topk.logprobs)) and (topk.logprobs < np.inf).all():  # nan is not less either
         return topk
     return topk.checked()
 

@@ -103,6 +103,22 @@ def test_nothing_that_comes_in_makes_a_nan(support, dtype, batch, mask, profile)
         assert np.isfinite(column).all() and column.min(initial=0) >= 0 and column.max(initial=0) <= 1 + 1e-6, name
 
 
+@pytest.mark.parametrize("padding", [np.nan, np.inf, -np.inf, -0.5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_padding_with_any_log_prob_is_padding(dtype, padding):
+    """The id -1 says it; a hand-made array may hold anything beside it."""
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((6, 12)), axis=1)[:, :K].astype(np.int32)
+    logprobs = np.sort(rng.normal(-2, 0.5, (6, K)), axis=1)[:, ::-1].astype(dtype)
+    ids[::2, -1], logprobs[::2, -1] = -1, padding
+    found = token_metrics(TopK(ids, logprobs), TopK(ids, logprobs), sampled_ids=ids[:, 0], student_logprobs=None, teacher_logprobs=None, response_lengths=[6])
+    short = [[[x, i, None] for x, i in zip(*row, strict=True) if i >= 0] for row in zip(logprobs.tolist(), ids.tolist(), strict=True)]
+    clean = TopK.from_lists(short, K, dtype=dtype)
+    expected = token_metrics(clean, clean, sampled_ids=ids[:, 0], student_logprobs=None, teacher_logprobs=None, response_lengths=[6])
+    for name, column in expected.items():
+        np.testing.assert_array_equal(found[name], column, err_msg=name)
+
+
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if mask not in ("random", "rand1tok")])
 @pytest.mark.parametrize("profile", ["paper", "released"])
 @settings(max_examples=15, deadline=None)
