@@ -30,9 +30,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 GUESS = "assumption"
 STEP = "opd_step_one_h200_64x4x1024_r0p10.json"  # the whole step that predictions are compared with
 FIRST = "opd_step_one_h200_64x4x1024_r0p10_first.jsonl"  # an earlier one: 205 responses at once, CUDA graphs for 64 only
+SHORT = "opd_step_one_h200_4x2x64_r0p10.json"  # 8 responses of 64 tokens
 SERVICES = "services_h200.json"  # services.py --device cuda --parts generate score overlap sync --json
 PARTS = ("generate", "score", "overlap", "sync")
 DEFAULT_WAY = "kept, ours, last layer on kept rows"
+OPTIMIZER_BYTES = 30 / 0.4  # a parameter: 30 bytes read and written, at 0.4 of the bandwidth
 MATMUL = float(f"{json.loads((RESULTS / STEP).read_text())['machine']['matmul_operations_per_second']:.4g}")
 UNITS = {
     "prefill_utilisation": "of the matmul rate", "score_call_seconds": "s a rollout", "score_token_seconds": "s a token",
@@ -72,14 +74,22 @@ def training_rates() -> dict:
     return {
         "train_utilisation": rate(done / seconds / MATMUL, "of the matmul rate", "measured", source, f"operations over the time difference {both}"),
         "micro_batch_seconds": rate(fixed, "s", "measured", source, f"what the line through the times {both} leaves at 0 tokens"),
+        "layer_start_seconds": rate(_layer_start(model, fixed), "s a layer and micro-batch", "calibrated", SHORT,
+                                    "what the host takes to start a layer's kernels forward, again and backward: that step's training, less the other parts"),
         "activation_copies": rate((a_token - kept) / (BF16 * working_width(model)), "x the widths of one layer", "measured", source,
                                   f"slope of the peaks {both}, less the inputs of all layers"),
         "head_chunk_bytes": rate(512 * 2**20, "bytes", "measured", "losses/linear_head.py", "the chunk of logits on a GPU"),
-        "optimizer_bytes": rate(30 / 0.4, "bytes a parameter over the bandwidth", "assumed", GUESS, "30 bytes read and written, at 0.4 of the bandwidth"),
+        "optimizer_bytes": rate(OPTIMIZER_BYTES, "bytes a parameter over the bandwidth", "assumed", GUESS, "30 bytes read and written, at 0.4 of the bandwidth"),
         "tensor_parallel_efficiency": rate(0.95, "a doubling of TP", "assumed", GUESS, "narrower matrices"),
         "expert_efficiency": rate(0.6, "of a dense model's utilisation", "assumed", GUESS, "small matrices of single experts"),
         "usable_memory": rate(0.94, "of the card", "assumed", GUESS, "context, fragmentation, NCCL buffers"),
     }  # fmt: skip
+
+
+def _layer_start(model, fixed: float) -> float:
+    """Of a step so short that its micro-batch of 2,500 tokens computes for less time than the host takes to start its kernels."""
+    optimizer = OPTIMIZER_BYTES * model.parameters / GPUS["H200"][2]
+    return (load(SHORT)["seconds"]["train"] - fixed - optimizer) / model.shape.num_layers
 
 
 def serving_rates() -> dict:

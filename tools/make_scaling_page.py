@@ -139,11 +139,11 @@ def others(rates) -> list[str]:
           for phase, key in (("generate", "sample"), ("score", "score"), ("train", "train"), ("sync", "sync"))),
         ("8 responses of 64 tokens: the step", short["total"], little.total),
     ]  # fmt: skip
-    return ["", "Measurements on the same kind of GPU to which no rate is fitted (`services_h200.json`, `opd_step_one_h200_4x2x64_r0p10.json`):", "",
+    return ["", "Other measurements on the same kind of GPU (`services_h200.json`, `opd_step_one_h200_4x2x64_r0p10.json`); only the short step's `train` has a rate fitted to it:", "",
             "| what | measured s | predicted s | difference |", "|---|---|---|---|",
             *(f"| {what} | {real:.3g} | {guess:.3g} | {guess / real - 1:+.0%} |" for what, real, guess in found),
-            "", "What a step of 8 x 64 tokens does in the manager (3 ms each of `select` and `split`) is not predicted: it does not grow with tokens. Nor is",
-            "starting kernels, for which so short a training probably waits. A sync of the same weights took "
+            "", "What a step of 8 x 64 tokens does in the manager (3 ms each of `select` and `split`) is not predicted: it does not grow with tokens.",
+            "Its training waits for the host that starts kernels (`layer_start_seconds`, which nothing else here tells). A sync of the same weights took "
             f"{short['sync']:.3f} s (median of {small['steps']}) here and {one['seconds']['sync']:.3f} s in the long step (of {one['steps']}), to which its pause is fitted."]  # fmt: skip
 
 

@@ -50,19 +50,19 @@ def test_counted_operations_rank_the_ways_as_their_recorded_times():
 
 
 def test_counts_leave_out_what_recompute_does_not_make():
-    """Of every layer the last product, as the plan counts it, too, and the bytes of its output."""
+    """Of every layer the last product, as the plan counts it, too."""
     from slime.planning.models import load_model
     from slime.planning.training import operations_of
 
-    s, tokens = QWEN3_1_7B, 16_384
+    s, tokens, model = QWEN3_1_7B, 16_384, load_model("1.7B")
     product = 2 * tokens * s.hidden * s.ffn * s.layers
-    less = step_account.flops(s, tokens, "all, ours", True)["all"] - step_account.flops(s, tokens, "all, ours")["all"]
-    assert less * 1e12 == pytest.approx(product)
-    rows = step_account.flops(s, tokens, "kept, ours, last layer on kept rows", True)["last layer"]
-    rows -= step_account.flops(s, tokens, "kept, ours, last layer on kept rows")["last layer"]
-    assert rows * 1e12 == pytest.approx(2 * step_account.num_rows(tokens, True) * s.hidden * s.ffn)
-    assert step_account.layer_bytes(s, output=True) - step_account.layer_bytes(s) == 2 * s.hidden
-    model = load_model("1.7B")
+    rows = step_account.num_rows(tokens, False)
+    counted = step_account.flops(s, tokens, "all, ours")["all"] * 1e12
+    assert counted == pytest.approx(operations_of(model, tokens, step_account.LENGTH, rows, recompute=True)[0], rel=1e-3)
+    kept = step_account.num_rows(tokens, True)
+    last = step_account.flops(s, tokens, "kept, ours, last layer's MLP on kept rows")["last layer"]
+    whole = step_account.flops(s, tokens, "kept, ours, last layer whole")["last layer"]
+    assert (whole - last) * 1e12 == pytest.approx((4 * 3 - 1) * 2 * (tokens - kept) * s.hidden * s.ffn)  # three products four times, less the unread one
     done, useful = operations_of(model, tokens, 4096, 0, recompute=True)
     assert done - useful == pytest.approx(model.trunk_operations(tokens) + model.attention_operations(tokens, 4096) - product)
     assert operations_of(model, tokens, 4096, 0, recompute=False) == (useful, useful)

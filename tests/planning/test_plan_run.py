@@ -147,11 +147,12 @@ def test_a_rollout_whose_scoring_overlaps(rates):
 
 
 def test_a_short_step(rates):
-    """8 responses of 64 tokens: steps of few milliseconds more than of tokens. Kernels' starts, which bound its training, are not predicted."""
+    """8 responses of 64 tokens: steps of few milliseconds more than of tokens. Its training is bound by kernels' starts, to which a rate is fitted."""
     recorded = json.loads((RESULTS / "opd_step_one_h200_4x2x64_r0p10.json").read_text())["seconds"]
     got = predict(task(rates, prompts=4, samples=2, response_len=64, max_tokens=16384), Split("colocated", Layout(), Servers(1, 1), Servers(1, 1)))
     for phase, key in (("generate", "sample"), ("score", "score")):
         assert got.seconds[phase] == pytest.approx(recorded[key], rel=0.2), phase
+    assert got.seconds["train"] == pytest.approx(recorded["train"], rel=0.02) and got.total == pytest.approx(recorded["total"], rel=0.1)
     assert got.seconds["sync"] == pytest.approx(recorded["sync"], abs=0.03)  # fitted to two syncs of the long step, which took 0.09 s each
 
 

@@ -59,8 +59,9 @@ def train_seconds(model: Model, layout: Layout, work: Workload, gpu: Gpu, rates:
         utilisation *= rates["expert_efficiency"]
     compute = done * busiest / (layout.tp * layout.cp * layout.pp) / (gpu.matmul * utilisation)
     count = max(work.optimizer_steps, -(-replica // (tokens * layout.cp)))
-    share = replica / layout.cp / layout.pp  # tokens x layers of one rank, in units of all layers
     layers = model.shape.num_layers
+    compute = max(compute, count * layers / layout.pp * rates["layer_start_seconds"])  # small micro-batches wait for the host that starts kernels
+    share = replica / layout.cp / layout.pp  # tokens x layers of one rank, in units of all layers
     wide = gpu.nvlink if layout.tp * layout.cp <= per_node else gpu.network
     width = model.shape.hidden_size * BF16
     messages = PASSES * 4 - (0 if model.shape.is_moe else 1)
