@@ -73,7 +73,7 @@ MECHANICS = """
   early is scored while others are still sampled; on shared GPUs that time is added to generation, whose short gaps were seen not to hide it.
 - **Train**: operations (6 N a token, attention, kept rows through the vocabulary matrix, recompute up to each MLP's last product) at the measured share of the
   matrix rate,
-  a fixed time a micro-batch, then messages of TP, CP and EP, the pipeline's bubble, gradients and the optimizer.
+  a fixed time a micro-batch, at least what the host takes to start its layers' kernels, then messages of TP, CP and EP, the pipeline's bubble, gradients and the optimizer.
 - **The manager** (parse, measure, select, split, bank): times a token of one core from `benchmarks/manager.py`, times what the GPU host's manager
   took longer than that machine's (`manager_factor`: another core, and client threads beside it).
 - **Memory**: 18 bytes a trainer parameter, the 12 of the optimizer divided over data- and context-parallel ranks; inputs of all layers and one

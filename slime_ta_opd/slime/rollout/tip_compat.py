@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,14 @@ class _Scored:
     @property
     def length(self) -> int:
         return self.sample.response_length
+
+
+class _Stacked(NamedTuple):
+    """What all positions of some samples have, one sample after another."""
+
+    student: TopKParts
+    teacher: TopKParts
+    token_ids_T: np.ndarray
 
 
 def select_for_samples(
@@ -248,10 +256,9 @@ def _run(
         empty = {"num_tokens": 0, "num_valid_tokens": 0, "num_kept_tokens": 0, "keep_ratio": 0.0}
         return {**empty, "exact_fraction": 0.0, "kept_per_sample": [0] * len(samples)}
     lengths_N = np.array([s.length for s in scored])
-    student, teacher = _stack(options, scored)
-    token_ids_T = _token_ids(scored)
+    stacked = student, teacher, token_ids_T = _stack(options, scored)
     valid_T = np.concatenate([s.valid_L for s in scored])
-    metrics = _collect(options, scored) if exact is None else _metrics(options, scored, exact)
+    metrics = _collect(options, scored, stacked) if exact is None else _metrics(options, scored, stacked, exact)
     metrics["Cprefix_ema"] = prefix_ema(metrics["Cmass"], lengths_N, options.opd_compat_prefix_ema_alpha)
     selection = select_tokens(
         metrics, valid_T, lengths_N, config,
@@ -270,11 +277,11 @@ def _run(
     return {**selection.summary, "exact_fraction": exact_fraction, "kept_per_sample": kept_per_sample}
 
 
-def _collect(options: SimpleNamespace, scored: list[_Scored]) -> dict[str, np.ndarray]:
+def _collect(options: SimpleNamespace, scored: list[_Scored], stacked: _Stacked) -> dict[str, np.ndarray]:
     """Metrics of all positions, computed for those samples that `measure_samples` has not measured; they leave the samples."""
     todo = [s for s in scored if getattr(s.sample, "token_metrics", None) is None]
     if len(todo) == len(scored):
-        return _metrics(options, scored)
+        return _metrics(options, scored, stacked)
     if todo:
         _measure(options, todo)
     parts = [s.sample.token_metrics for s in scored]
@@ -284,20 +291,22 @@ def _collect(options: SimpleNamespace, scored: list[_Scored]) -> dict[str, np.nd
 
 
 def _measure(options: SimpleNamespace, scored: list[_Scored]) -> None:
-    metrics = _metrics(options, scored)
+    metrics = _metrics(options, scored, _stack(options, scored))
     ends_N = np.cumsum([s.length for s in scored])
     for s, end in zip(scored, ends_N.tolist(), strict=True):
         s.sample.token_metrics = {name: values[end - s.length : end] for name, values in metrics.items()}
 
 
-def _metrics(options: SimpleNamespace, scored: list[_Scored], exact: dict[str, Sequence[np.ndarray]] | None = None) -> dict[str, np.ndarray]:
-    student, teacher = _stack(options, scored)
+def _metrics(
+    options: SimpleNamespace, scored: list[_Scored], stacked: _Stacked, exact: dict[str, Sequence[np.ndarray]] | None = None
+) -> dict[str, np.ndarray]:
+    student, teacher, token_ids_T = stacked
     if exact is not None:
         exact = {name: np.concatenate([np.asarray(values[s.ordinal]) for s in scored]) for name, values in exact.items()}
     return token_metrics(
         student,
         teacher,
-        sampled_ids=_token_ids(scored),
+        sampled_ids=token_ids_T,
         student_logprobs=_join(scored, "student_logprobs_L"),
         teacher_logprobs=_join(scored, "teacher_logprobs_L"),
         response_lengths=[s.length for s in scored],
@@ -313,11 +322,7 @@ def _support(options: SimpleNamespace, exact: Any) -> str:
     return "exact" if exact is not None else options.opd_divergence_support or "union_floor"
 
 
-def _token_ids(scored: list[_Scored]) -> np.ndarray:
-    return np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored])
-
-
-def _stack(options: SimpleNamespace, scored: list[_Scored]) -> tuple[TopKParts, TopKParts]:
+def _stack(options: SimpleNamespace, scored: list[_Scored]) -> _Stacked:
     k = scored[0].student.K
     for s in scored:
         if s.student.K != k or s.teacher.K != k:
@@ -333,7 +338,7 @@ def _stack(options: SimpleNamespace, scored: list[_Scored]) -> tuple[TopKParts, 
     student, teacher = TopKParts([s.student for s in scored]), TopKParts([s.teacher for s in scored])
     if options.opd_profile == "released":  # its numbers are float64; those of servers are float32
         student, teacher = student.astype(np.float64), teacher.astype(np.float64)
-    return student, teacher
+    return _Stacked(student, teacher, np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored]))
 
 
 def _known(scored: list[_Scored]) -> np.ndarray | None:
