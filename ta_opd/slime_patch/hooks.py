@@ -20,13 +20,13 @@ import numpy as np
 
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.slime_patch.options import check_training, reply_dtype, resolve
+from ta_opd.slime_patch.scored import STUDENT_KEY
 from ta_opd.slime_patch.slime.rollout import tip_compat as packaged_tip_compat
 from ta_opd.slime_patch.teacher import reply_logprobs, score_sample
 from ta_opd.topk import TopK
 
 __all__ = ["close_token_banks", "generate", "log_rollout", "post_process_rewards", "reward_func"]
 
-STUDENT_KEY = packaged_tip_compat.STUDENT_KEY
 EVALUATION_KEY = "ta_opd_evaluation"  # sample.metadata: this response is for evaluation, not for the teacher
 _ADDED = ("student_topk", "teacher_topk", "teacher_at_student_ids")
 

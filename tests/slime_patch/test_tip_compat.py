@@ -12,6 +12,7 @@ from port_helpers import kept_rows, load_cases, plain_samples
 from slime.rollout import tip_compat
 from slime.utils.types import Sample
 from ta_opd.errors import ConfigError, DataError
+from ta_opd.slime_patch import scored
 from ta_opd.token_bank import read_bank
 from ta_opd.topk import TopK
 
@@ -20,7 +21,7 @@ CASE = load_cases()[1]  # K 4, some positions masked
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    tip_compat._said.clear()
+    scored.said.clear()
     tip_compat._last_rollout_id = None
     yield
     tip_compat.close_token_banks()

@@ -8,13 +8,10 @@ imports nothing of slime.
 Shape suffixes: T response tokens of the batch (samples one after another), L of one sample, K entries of a top-k.
 """
 
-import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,44 +19,14 @@ import ta_opd
 from ta_opd.errors import DataError
 from ta_opd.metrics import position_columns, prefix_ema, token_metrics
 from ta_opd.selection import Selection, SelectionConfig, select_tokens
-from ta_opd.slime_patch.options import reply_dtype, resolve, selects
+from ta_opd.slime_patch.options import resolve, selects
+from ta_opd.slime_patch.scored import Scored, Stacked, from_arrays, from_reply, join, known_at_student_ids, say, stack
 from ta_opd.token_bank import TokenBankWriter
-from ta_opd.topk import TopK, TopKParts, gathered_logprobs, last_positions
 
-logger = logging.getLogger(__name__)
-
-STUDENT_KEY = "student_top_logprobs"  # sample.metadata: the student's top-k, one list a position
 _CONFIG_KEYS = ("seed", "rollout_seed", "use_opd", "hf_checkpoint", "rm_url", "teacher_model", "teacher", "rollout_temperature",
                 "rollout_max_response_len", "rollout_batch_size", "n_samples_per_prompt")  # fmt: skip
 _writers: dict[Path, TokenBankWriter] = {}
 _last_rollout_id: int | None = None
-_said: set[str] = set()
-
-
-@dataclass
-class _Scored:
-    """One sample with response tokens as arrays. ordinal: its place in the batch."""
-
-    sample: Any
-    ordinal: int
-    student: TopK
-    teacher: TopK
-    teacher_at_student: np.ndarray | None
-    valid_L: np.ndarray
-    student_logprobs_L: np.ndarray | None
-    teacher_logprobs_L: np.ndarray | None
-
-    @property
-    def length(self) -> int:
-        return self.sample.response_length
-
-
-class _Stacked(NamedTuple):
-    """What all positions of some samples have, one sample after another."""
-
-    student: TopKParts
-    teacher: TopKParts
-    token_ids_T: np.ndarray
 
 
 def select_for_samples(
@@ -73,7 +40,7 @@ def select_for_samples(
     sample. exact: full-vocabulary "H", "KLf", "KLr" and "C", one array [L] a sample, from a caller that has them.
     """
     options = resolve(args)
-    scored = [_from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0]
+    scored = [from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0]
     return _run(options, scored, samples, rollout_id, exact)
 
 
@@ -84,7 +51,7 @@ def measure_samples(args: Any, samples: Sequence[Any]) -> None:
     Raises DataError as `select_for_samples`.
     """
     options = resolve(args)
-    scored = [_from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0]
+    scored = [from_arrays(options, s, i) for i, s in enumerate(samples) if s.response_length > 0]
     if scored:
         _measure(options, scored)
 
@@ -108,7 +75,7 @@ def process_tip_compat_metrics(
         if len(values) != len(samples):
             raise DataError(f"{name}: expected one entry for each of {len(samples)} samples, got {len(values)}")
     scored = [
-        _from_reply(options, sample, i, teacher_log_probs[i], raw_rewards[i], selects(config))
+        from_reply(options, sample, i, teacher_log_probs[i], raw_rewards[i], selects(config))
         for i, sample in enumerate(samples)
         if sample.response_length > 0
     ]
@@ -145,118 +112,20 @@ def rollout_id_of(args: Any, samples: Sequence[Any]) -> int:
     return _last_rollout_id
 
 
-def _from_arrays(options: SimpleNamespace, sample: Any, ordinal: int) -> _Scored:
-    student, teacher = sample.student_topk, sample.teacher_topk
-    for side, topk in (("student", student), ("teacher", teacher)):
-        if topk is None:
-            if selects(SelectionConfig.from_args(options)):
-                raise DataError(
-                    f"{_name(sample, ordinal)} has no {side} top-k, which opd_budget_mask {options.opd_budget_mask} needs; "
-                    f"set opd_topk_metrics_k >= 1 (now {options.opd_topk_metrics_k})"
-                )
-        elif topk.T != sample.response_length:
-            raise DataError(f"{_name(sample, ordinal)}: {side} top-k has {topk.T} positions, expected {sample.response_length}")
-    k = next((topk.K for topk in (student, teacher) if topk is not None), max(options.opd_topk_metrics_k, 1))
-    empty = TopK.empty(sample.response_length, k)
-    known = getattr(sample, "teacher_at_student_ids", None)
-    return _Scored(
-        sample, ordinal, student if student is not None else empty, teacher if teacher is not None else empty,
-        known, _valid(sample, ordinal),
-        _vector(sample.rollout_log_probs, sample, ordinal, "rollout_log_probs"),
-        _vector(sample.teacher_log_probs, sample, ordinal, "teacher_log_probs"),
-    )  # fmt: skip
-
-
-def _from_reply(options: SimpleNamespace, sample: Any, ordinal: int, log_probs: Any, reply: Any, required: bool) -> _Scored:
-    student = getattr(sample, "student_topk", None)
-    if student is None:
-        student = _student_from_metadata(options, sample, ordinal, required)
-    teacher = getattr(sample, "teacher_topk", None)
-    known = getattr(sample, "teacher_at_student_ids", None)
-    if teacher is None:
-        teacher, known = _teacher_from_reply(options, sample, ordinal, reply, student, required)
-    return _Scored(
-        sample, ordinal, student, teacher, known, _valid(sample, ordinal),
-        _vector(getattr(sample, "rollout_log_probs", None), sample, ordinal, "rollout_log_probs"),
-        _vector(log_probs, sample, ordinal, "teacher_log_probs"),
-    )  # fmt: skip
-
-
-def _student_from_metadata(options: SimpleNamespace, sample: Any, ordinal: int, required: bool) -> TopK:
-    length, k = sample.response_length, max(options.opd_topk_metrics_k, 1)
-    metadata = getattr(sample, "metadata", None) or {}
-    stored = metadata.get(STUDENT_KEY)
-    if stored is None or len(stored) != length:
-        got = "nothing" if stored is None else f"{len(stored)} positions"
-        message = f'{_name(sample, ordinal)}: expected metadata["{STUDENT_KEY}"] with {length} positions, got {got}'
-        if required:
-            raise DataError(
-                f"{message}; ask the student server for top_logprobs_num={options.opd_topk_metrics_k} with each request"
-            )
-        _say(f"{message}; its metrics are those of empty lists")
-        return TopK.empty(length, k, reply_dtype(options))
-    if not isinstance(stored, TopK):
-        stored = metadata[STUDENT_KEY] = TopK.from_lists(stored, k, dtype=reply_dtype(options))
-    return stored
-
-
-def _teacher_from_reply(
-    options: SimpleNamespace, sample: Any, ordinal: int, reply: Any, student: TopK, required: bool
-) -> tuple[TopK, np.ndarray | None]:
-    length, k = sample.response_length, max(options.opd_topk_metrics_k, 1)
-    meta_info = reply.get("meta_info") if isinstance(reply, dict) else None
-    try:
-        if not isinstance(meta_info, dict):
-            raise DataError(f"expected the teacher's reply with meta_info, got {type(reply).__name__}")
-        teacher = TopK.from_reply(meta_info, "teacher", k, length, dtype=reply_dtype(options))
-        asked = meta_info.get("input_token_ids_logprobs") if options.opd_exact_cmass else None
-        if not asked or not any(asked):
-            return teacher, None
-        entries = last_positions(asked, length, "input_token_ids_logprobs")
-        released = options.opd_profile == "released"
-        return teacher, gathered_logprobs(entries, student.ids, dtype=reply_dtype(options), absent_is_zero=released)
-    except DataError as error:
-        if required:
-            raise DataError(f"{_name(sample, ordinal)}: {error}") from error
-        _say(f"{_name(sample, ordinal)}: {error}; its teacher metrics are those of empty lists")
-        return TopK.empty(length, k, reply_dtype(options)), None
-
-
-def _valid(sample: Any, ordinal: int) -> np.ndarray:
-    if sample.loss_mask is None:
-        return np.ones(sample.response_length, bool)
-    if len(sample.loss_mask) != sample.response_length:
-        raise DataError(
-            f"{_name(sample, ordinal)}: loss_mask has {len(sample.loss_mask)} entries, expected {sample.response_length}"
-        )
-    return np.asarray(sample.loss_mask).astype(bool)
-
-
-def _vector(values: Any, sample: Any, ordinal: int, what: str) -> np.ndarray | None:
-    if values is None:
-        return None
-    values_L = np.asarray(values)
-    if values_L.shape != (sample.response_length,):
-        raise DataError(f"{_name(sample, ordinal)}: {what} has shape {values_L.shape}, expected ({sample.response_length},)")
-    if values_L.dtype == object:  # None among the numbers
-        values_L = np.array([np.nan if value is None else value for value in values], np.float64)
-    return values_L
-
-
 def _run(
     options: SimpleNamespace,
-    scored: list[_Scored],
+    scored: list[Scored],
     samples: Sequence[Any],
     rollout_id: int,
     exact: dict[str, Sequence[np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     config = SelectionConfig.from_args(options)
     if not scored:
-        _say("a rollout without any response token: nothing is measured or kept")
+        say("a rollout without any response token: nothing is measured or kept")
         empty = {"num_tokens": 0, "num_valid_tokens": 0, "num_kept_tokens": 0, "keep_ratio": 0.0}
         return {**empty, "exact_fraction": 0.0, "kept_per_sample": [0] * len(samples)}
     lengths_N = np.array([s.length for s in scored])
-    stacked = student, teacher, token_ids_T = _stack(options, scored)
+    stacked = student, teacher, token_ids_T = stack(options, scored)
     valid_T = np.concatenate([s.valid_L for s in scored])
     metrics = _collect(options, scored, stacked) if exact is None else _metrics(options, scored, stacked, exact)
     metrics["Cprefix_ema"] = prefix_ema(metrics["Cmass"], lengths_N, options.opd_compat_prefix_ema_alpha)
@@ -265,7 +134,7 @@ def _run(
         rollout_id=rollout_id, student=student, teacher=teacher, sampled_ids=token_ids_T,
     )  # fmt: skip
     for warning in selection.summary.get("warnings", ()):
-        _say(warning)
+        say(warning)
     kept_per_sample = _write_back(config, scored, selection, len(samples))
     if options.opd_token_bank_dir:
         columns = {**_identity(options, scored, token_ids_T, valid_T), **metrics, **selection.columns}
@@ -277,7 +146,7 @@ def _run(
     return {**selection.summary, "exact_fraction": exact_fraction, "kept_per_sample": kept_per_sample}
 
 
-def _collect(options: SimpleNamespace, scored: list[_Scored], stacked: _Stacked) -> dict[str, np.ndarray]:
+def _collect(options: SimpleNamespace, scored: list[Scored], stacked: Stacked) -> dict[str, np.ndarray]:
     """Metrics of all positions, computed for those samples that `measure_samples` has not measured; they leave the samples."""
     todo = [s for s in scored if getattr(s.sample, "token_metrics", None) is None]
     if len(todo) == len(scored):
@@ -290,15 +159,15 @@ def _collect(options: SimpleNamespace, scored: list[_Scored], stacked: _Stacked)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _measure(options: SimpleNamespace, scored: list[_Scored]) -> None:
-    metrics = _metrics(options, scored, _stack(options, scored))
+def _measure(options: SimpleNamespace, scored: list[Scored]) -> None:
+    metrics = _metrics(options, scored, stack(options, scored))
     ends_N = np.cumsum([s.length for s in scored])
     for s, end in zip(scored, ends_N.tolist(), strict=True):
         s.sample.token_metrics = {name: values[end - s.length : end] for name, values in metrics.items()}
 
 
 def _metrics(
-    options: SimpleNamespace, scored: list[_Scored], stacked: _Stacked, exact: dict[str, Sequence[np.ndarray]] | None = None
+    options: SimpleNamespace, scored: list[Scored], stacked: Stacked, exact: dict[str, Sequence[np.ndarray]] | None = None
 ) -> dict[str, np.ndarray]:
     student, teacher, token_ids_T = stacked
     if exact is not None:
@@ -307,12 +176,12 @@ def _metrics(
         student,
         teacher,
         sampled_ids=token_ids_T,
-        student_logprobs=_join(scored, "student_logprobs_L"),
-        teacher_logprobs=_join(scored, "teacher_logprobs_L"),
+        student_logprobs=join(scored, "student_logprobs_L"),
+        teacher_logprobs=join(scored, "teacher_logprobs_L"),
         response_lengths=[s.length for s in scored],
         support=_support(options, exact),
         prefix_ema_alpha=None,  # slow for few samples: done once for all of them
-        teacher_at_student_ids=_known(scored),
+        teacher_at_student_ids=known_at_student_ids(scored),
         partly_exact=options.opd_profile == "released",
         exact=exact,
     )
@@ -322,40 +191,7 @@ def _support(options: SimpleNamespace, exact: Any) -> str:
     return "exact" if exact is not None else options.opd_divergence_support or "union_floor"
 
 
-def _stack(options: SimpleNamespace, scored: list[_Scored]) -> _Stacked:
-    k = scored[0].student.K
-    for s in scored:
-        if s.student.K != k or s.teacher.K != k:
-            raise DataError(
-                f"{_name(s.sample, s.ordinal)}: top-k of {s.student.K} (student) and {s.teacher.K} (teacher), expected {k} "
-                "as in the first sample"
-            )
-        if s.teacher_at_student is not None and s.teacher_at_student.shape != s.student.ids.shape:
-            raise DataError(
-                f"{_name(s.sample, s.ordinal)}: teacher_at_student_ids has shape {s.teacher_at_student.shape}, "
-                f"expected {s.student.ids.shape}"
-            )
-    student, teacher = TopKParts([s.student for s in scored]), TopKParts([s.teacher for s in scored])
-    if options.opd_profile == "released":  # its numbers are float64; those of servers are float32
-        student, teacher = student.astype(np.float64), teacher.astype(np.float64)
-    return _Stacked(student, teacher, np.concatenate([np.asarray(s.sample.tokens[-s.length :], np.int32) for s in scored]))
-
-
-def _known(scored: list[_Scored]) -> np.ndarray | None:
-    if all(s.teacher_at_student is None for s in scored):
-        return None
-    unknown = (np.full(s.student.ids.shape, np.nan, np.float32) for s in scored)
-    return np.concatenate([s.teacher_at_student if s.teacher_at_student is not None else u for s, u in zip(scored, unknown, strict=True)])
-
-
-def _join(scored: list[_Scored], name: str) -> np.ndarray | None:
-    values = [getattr(s, name) for s in scored]
-    if all(v is None for v in values):
-        return None
-    return np.concatenate([np.full(s.length, np.nan) if v is None else v for s, v in zip(scored, values, strict=True)])
-
-
-def _write_back(config: SelectionConfig, scored: list[_Scored], selection: Selection, num_samples: int) -> list[int]:
+def _write_back(config: SelectionConfig, scored: list[Scored], selection: Selection, num_samples: int) -> list[int]:
     kept_per_sample = [0] * num_samples
     start = 0
     for s in scored:
@@ -367,11 +203,11 @@ def _write_back(config: SelectionConfig, scored: list[_Scored], selection: Selec
         elif not config.keeps_everything:
             s.sample.loss_mask = selection.keep[rows].astype(int).tolist()
             if not np.isin(selection.weights[rows], (0, 1)).all():
-                _say(f"{config.mask!r} gives weights, but these samples have only a loss_mask: kept tokens count 1 each")
+                say(f"{config.mask!r} gives weights, but these samples have only a loss_mask: kept tokens count 1 each")
     return kept_per_sample
 
 
-def _identity(options: SimpleNamespace, scored: list[_Scored], token_ids_T, valid_T) -> dict[str, Any]:
+def _identity(options: SimpleNamespace, scored: list[Scored], token_ids_T, valid_T) -> dict[str, Any]:
     lengths_N = np.array([s.length for s in scored])
     totals_N = np.array([len(s.sample.tokens) for s in scored])
     place = position_columns(lengths_N)
@@ -415,10 +251,6 @@ def _status(sample: Any) -> str:
     return str(getattr(status, "value", status)).lower()
 
 
-def _name(sample: Any, ordinal: int) -> str:
-    return f"sample {ordinal} (index {getattr(sample, 'index', None)})"
-
-
 def _writer(options: SimpleNamespace, config: SelectionConfig, support: str) -> TokenBankWriter:
     directory = Path(options.opd_token_bank_dir).resolve()
     if directory not in _writers:
@@ -428,11 +260,3 @@ def _writer(options: SimpleNamespace, config: SelectionConfig, support: str) -> 
         chosen["notes"] = "one row a response token; 'resolved' holds what profile and selector set; see docs/method.md"
         _writers[directory] = TokenBankWriter(directory, options.opd_token_bank_format, chosen, options.opd_token_bank_raw_topk)
     return _writers[directory]
-
-
-def _say(message: str) -> None:
-    """Warn once: messages that differ only in their numbers count as the same."""
-    key = re.sub(r"\d+", "#", message)
-    if key not in _said:
-        _said.add(key)
-        logger.warning("%s", message)
