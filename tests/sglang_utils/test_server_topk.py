@@ -55,9 +55,9 @@ def test_another_version_of_sglang_is_left_alone(monkeypatch):
     monkeypatch.setattr(server_topk, "_version", lambda: "0.6.0")
     assert not server_topk.install() and not registered
     monkeypatch.setattr(server_topk, "_version", lambda: server_topk.CHECKED_VERSIONS[0])
-    assert server_topk.install() and len(registered) == 3
+    assert server_topk.install() and len(registered) == 5
     monkeypatch.setenv(server_topk.AS_LISTS_VARIABLE, "1")
-    assert not server_topk.install() and len(registered) == 3
+    assert not server_topk.install() and len(registered) == 5
 
 
 def requests():

@@ -31,6 +31,8 @@ def server_arguments(args, role: str, model_path: str, tp: int = 1) -> list[str]
     if context:
         flags += ["--context-length", str(context + CONTEXT_SLACK)]
     flags += ["--random-seed", str(getattr(args, "rollout_seed", 42))]
+    if not student:  # samples of one prompt wait for the first of them, whose prompt they then find in the cache
+        flags += ["--schedule-policy", "lpm"]
     if tp > 1:
         flags += ["--tp-size", str(tp)]
     if getattr(args, "trust_remote_code", False):

@@ -1,13 +1,13 @@
 """Has a SGLang server take a batch's top-K off the GPU in one piece and keep it as arrays until the reply.
 
 SGLang 0.5.17 cuts the top-K of a decoding step into two tensors a request, copies each by itself and turns each into a list: about
-30 us a request and step, more than half of what its scheduler costs a token; with 256 requests the GPU waits for it. Scored prompts
-become K Python floats and K ints a position, and arrays again right after. Here
-- the top-K of a decoding step stays one [requests, K] tensor until it is on the host;
+30 us a request and step, more than half of what its scheduler costs a token; with 256 requests the GPU waits for it. Here
+- the top-K of a decoding step is found in one reading of the log-probs (`vocab_rows`) and stays one [requests, K] tensor until it is
+  on the host;
 - a request with `return_flat_raw_top_logprobs` (SGLang's own field, for scored prompts) also gets what it samples packed:
   `meta_info["output_top_logprobs_rows"]`, one text a token (`topk_rows`), and empty entries in `output_top_logprobs`;
-- scored prompts of such a request are arrays all the way;
-- a request with `token_ids_logprob` may be in one batch with one without (SGLang's scheduler dies of it).
+- a request with `token_ids_logprob` may be in one batch with one without (SGLang's scheduler dies of it);
+- scored prompts are computed without waiting for the GPU and stay arrays, too: `server_scores`.
 Other requests get what SGLang gives them. Only versions of SGLang that this was checked against are changed; any other stays as it is,
 and the client reads its replies as well. `SLIME_TOPK_AS_LISTS=1` leaves the server as it is, to compare.
 """
@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
+from slime.backends.sglang_utils import server_scores
 from slime.backends.sglang_utils.cpu_support.hooks import after_import
 
 CHECKED_VERSIONS = ("0.5.17",)
@@ -31,7 +32,8 @@ def install() -> bool:
         return False
     after_import("sglang.srt.layers.logprob_processor", _keep_together)
     after_import("sglang.srt.managers.scheduler_components.batch_result_processor", _rows_of_requests)
-    after_import("sglang.srt.managers.scheduler_components.logprob_result_processor", _arrays_of_prompts)
+    for name, action in server_scores.CHANGES.items():
+        after_import(name, action)
     return True
 
 
@@ -42,81 +44,20 @@ def _version() -> str | None:
         return None
 
 
-class _Scored:
-    """Top-K of some positions of one prompt, on its way to the host: a part of one chunk's copy."""
-
-    def __init__(self, copy: _HostCopy, begin: int, end: int, k: int):
-        self.copy, self.begin, self.end, self.k = copy, begin, end, k
-
-    def __len__(self) -> int:
-        return self.end - self.begin
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(log-probs float32 [n, k], ids int32 [n, k])"""
-        values, ids = self.copy.arrays()
-        return values[self.begin : self.end, : self.k], ids[self.begin : self.end, : self.k]
-
-
-class _HostCopy:
-    """Log-probs and ids [n, K] being copied to the host without waiting for it."""
-
-    def __init__(self, values, ids):
-        import torch
-
-        self.event, self.host = None, (values, ids)
-        if values.is_cuda:
-            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in (values, ids)]
-            self.event = torch.cuda.Event()
-            self.event.record()
-            self.device, self.host = (values, ids), tuple(pinned)  # the source must outlive the copy
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        if self.event is not None:
-            self.event.synchronize()
-            self.event = self.device = None
-        values, ids = self.host
-        if not isinstance(values, np.ndarray):
-            values, ids = self.host = values.float().numpy(), ids.int().numpy()
-        return values, ids
-
-
 def _keep_together(module) -> None:
-    """layers.logprob_processor: no tensor a request, no list a position."""
+    """layers.logprob_processor: no tensor a request."""
+    from slime.backends.sglang_utils import vocab_rows
+
     plain = module.get_top_logprobs
 
     def get_top_logprobs(logprobs, top_logprobs_nums, no_copy_to_cpu=False):
         """Of a decoding step. With no_copy_to_cpu: ([values], [ids]), each one tensor [requests, largest K]."""
         if not no_copy_to_cpu:
             return plain(logprobs, top_logprobs_nums)
-        values, ids = logprobs.topk(max(top_logprobs_nums), dim=-1)
+        values, ids = vocab_rows.largest(logprobs, max(top_logprobs_nums))
         return [values], [ids]
 
-    def get_top_logprobs_chunk(logprobs, top_k_nums, pruned_lens, top_logprobs_val, top_logprobs_idx, split_pruned_len):
-        """Appends to both lists, for each sequence of the chunk, its parts ([_Scored, ...]); returns how much of the last one is done.
-
-        split_pruned_len: positions of the first sequence that the chunk before held.
-        """
-        copy, rows, begin, done = _HostCopy(*logprobs.topk(max(top_k_nums), dim=1)), logprobs.shape[0], 0, 0
-        for n, (k, length) in enumerate(zip(top_k_nums, pruned_lens, strict=False)):
-            before = split_pruned_len if n == 0 else 0
-            length -= before
-            if length <= 0:
-                top_logprobs_val.append([])
-                top_logprobs_idx.append([])
-                continue
-            here = max(min(length, rows - begin), 0)
-            part = [_Scored(copy, begin, begin + here, k)]
-            if before:
-                top_logprobs_val[-1].extend(part)
-            else:
-                top_logprobs_val.append(part)
-                top_logprobs_idx.append([])
-            if here < length:
-                done = before + here
-            begin += length
-        return done
-
-    module.get_top_logprobs, module.get_top_logprobs_chunk = get_top_logprobs, get_top_logprobs_chunk
+    module.get_top_logprobs = get_top_logprobs
 
 
 def _rows_of_requests(module) -> None:
@@ -166,46 +107,3 @@ def _rows_of_requests(module) -> None:
             give(logits_output, found, batch)
 
     cls._normalize_decode_outputs, cls.move_logprobs_to_cpu = _normalize_decode_outputs, move_logprobs_to_cpu
-
-
-class _Positions:
-    """Top-K of a scored prompt's positions: nothing for the first, then values and ids [n, k]."""
-
-    def __init__(self, values: np.ndarray, ids: np.ndarray):
-        self.values, self.ids = values, ids
-
-    def __len__(self) -> int:
-        return 1 + len(self.values)
-
-
-def _arrays_of_prompts(module) -> None:
-    """scheduler_components.logprob_result_processor: a scored prompt's top-K from the parts of its chunks."""
-    cls = module.SchedulerLogprobResultProcessor
-    flatten = cls._flatten_input_top_logprobs
-
-    def _process_input_top_logprobs(self, req) -> None:
-        if req.logprob.top_logprobs_num <= 0:
-            return
-        parts = [part.arrays() for parts in req.temp_input_top_logprobs_val for part in parts]
-        req.temp_input_top_logprobs_val = req.temp_input_top_logprobs_idx = None
-        k = req.logprob.top_logprobs_num
-        values, ids = (np.concatenate([p[side] for p in parts]) if parts else np.empty((0, k), kind)
-                       for side, kind in ((0, np.float32), (1, np.int32)))  # fmt: skip
-        if self._is_multi_item_scoring(req):
-            req.logprob.input_top_logprobs_val, req.logprob.input_top_logprobs_idx = values.tolist(), ids.tolist()
-            return
-        values, ids = values[:-1], ids[:-1]  # the last row is of the token that would be sampled
-        if req.return_flat_raw_top_logprobs:
-            req.logprob.input_top_logprobs_val = req.logprob.input_top_logprobs_idx = _Positions(values, ids)
-        else:
-            req.logprob.input_top_logprobs_val, req.logprob.input_top_logprobs_idx = [None, *values.tolist()], [None, *ids.tolist()]
-
-    def _flatten_input_top_logprobs(self, req) -> None:
-        positions = req.logprob.input_top_logprobs_val
-        if not isinstance(positions, _Positions):
-            return flatten(self, req)
-        req.logprob.input_top_logprobs_val_flat, req.logprob.input_top_logprobs_idx_flat = positions.values, positions.ids
-        req.logprob.input_top_logprobs_flat_null_prefix = 1
-        req.logprob.input_top_logprobs_val, req.logprob.input_top_logprobs_idx = [], []
-
-    cls._process_input_top_logprobs, cls._flatten_input_top_logprobs = _process_input_top_logprobs, _flatten_input_top_logprobs
