@@ -100,6 +100,7 @@ vars_sizes() {
   group "Servers"
   var TEACHER_MEM_FRACTION "float:(0,1)" 0.55 "GPU memory fraction of the teacher server" --teacher-mem-fraction-static
   var TEACHER_CUDA_GRAPH_MAX_BS int:1 8 "largest batch with a CUDA graph, teacher" --teacher-cuda-graph-max-bs
+  var TEACHER_QUANTIZATION str? "" "SGLang's quantization of a teacher that the run starts, such as fp8" --teacher-quantization
   var ROLLOUT_MEM_FRACTION "float:(0,1)" 0.45 "GPU memory fraction of a student engine" --sglang-mem-fraction-static
   var USE_SGLANG_ROUTER bool 0 "sglang-router in front of several student engines" --use-sglang-router
   var SGLANG_CUDA_GRAPH_MAX_BS int:1 8 "largest batch with a CUDA graph, student" --sglang-cuda-graph-max-bs

@@ -175,6 +175,8 @@ def _teacher(parser):
     g.add_argument("--teacher-mem-fraction-static", type=float,
                    help="share of the GPU memory that is free when a teacher starts: its weights and KV cache")
     g.add_argument("--teacher-cuda-graph-max-bs", type=int, help="largest batch with a CUDA graph, teacher")
+    g.add_argument("--teacher-quantization", metavar="METHOD",
+                   help="SGLang's quantization of a teacher that the run starts (fp8: about half the time in its products, other log-probs)")  # fmt: skip
     g.add_argument("--teacher-concurrency", type=int, default=64, help="scoring requests in flight for one teacher")
     g.add_argument("--teacher-timeout", type=float, default=600, help="seconds to wait for a teacher that is away")
     g.add_argument("--request-timeout", type=float, default=600, help="seconds one request may take")

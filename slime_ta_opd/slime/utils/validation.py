@@ -160,6 +160,9 @@ def _teacher(args):
     if args.teacher_port:
         check_port(args.sglang_host, args.teacher_port)
     args.teachers = parse_teachers(args) if args.opd_type == "sglang" else {}
+    if args.teacher_quantization and not (args.device == "cuda" and any(isinstance(t, str) for t in args.teachers.values())):
+        raise ConfigError(f"--teacher-quantization: expected a GPU and a teacher directory whose server this run starts, got {args.device} and "
+                          f"{list(args.teachers.values()) or '--opd-type megatron'}; a teacher given by URL is quantized where it is started")  # fmt: skip
     tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
     in_trainer = args.opd_teacher_hf or args.opd_teacher_load if args.opd_type == "megatron" else None
     directories = [d for d in [in_trainer, *args.teachers.values()] if isinstance(d, str) and (Path(d) / "config.json").is_file()]

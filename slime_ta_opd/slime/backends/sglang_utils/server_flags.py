@@ -17,8 +17,8 @@ def server_arguments(args, role: str, model_path: str, tp: int = 1) -> list[str]
     """Arguments of sglang's launch_server for role "student" or "teacher", without address and model path.
 
     Reads, all optional: device, sglang_dtype, rollout_max_context_len, rollout_max_response_len, sglang_mem_fraction_static,
-    teacher_mem_fraction_static, sglang_cuda_graph_max_bs, teacher_cuda_graph_max_bs, rollout_stop, rollout_deterministic,
-    trust_remote_code, colocate, rollout_seed, sglang_passthrough (appended last, so that it wins).
+    teacher_mem_fraction_static, sglang_cuda_graph_max_bs, teacher_cuda_graph_max_bs, teacher_quantization, rollout_stop,
+    rollout_deterministic, trust_remote_code, colocate, rollout_seed, sglang_passthrough (appended last, so that it wins).
     """
     student = role == "student"
     device = getattr(args, "device", "cpu")
@@ -63,6 +63,8 @@ def _gpu(args, student: bool) -> list[str]:
         flags += ["--attention-backend", "triton"]
     if fraction is not None:
         flags += ["--mem-fraction-static", str(fraction)]
+    if not student and getattr(args, "teacher_quantization", None):
+        flags += ["--quantization", args.teacher_quantization]
     if student and getattr(args, "rollout_deterministic", False):
         flags.append("--enable-deterministic-inference")
     if student and getattr(args, "colocate", False) and importlib.util.find_spec("torch_memory_saver"):
