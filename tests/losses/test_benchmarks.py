@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import divergence, loss_rows, measure, step_account
+from benchmarks import divergence, loss_rows, measure, step_account, vocab_rows
 from benchmarks.reference_trunk import QWEN3_1_7B
 
 
@@ -22,6 +22,19 @@ def test_divergence(tmp_path, monkeypatch, capsys):
     assert {row["way"] for row in result["tables"]["divergence"]} == {"ours", "plain"}
     assert result["verdict"]["errors within tolerance"] and "reverse_kl" in capsys.readouterr().out
     assert result["command"] == "python benchmarks/divergence.py --quick"
+
+
+def test_vocab_rows(tmp_path, monkeypatch):
+    result = _run(vocab_rows, monkeypatch, tmp_path)
+    assert {(row["kind"], row["K"], row["way"]) for row in result["tables"]["time"]} >= {("scored", 0, "ours"), ("decoded", 64, "plain")}
+    true = vocab_rows.vocab_rows.log_probs
+
+    def off(*given):
+        found = true(*given)
+        return found._replace(log_probs=found.log_probs + 1e-3)
+
+    monkeypatch.setattr(vocab_rows.vocab_rows, "log_probs", off)
+    assert vocab_rows.main() == 1
 
 
 @pytest.mark.parametrize("flags", [("--part", "head"), ("--part", "step")])

@@ -1,7 +1,7 @@
 """What a server reads off rows of logits: the log-prob of one token, and the K largest with their ids.
 
-On a GPU with Triton the logits are read once, in the dtype that the LM head wrote (`triton_vocab`); elsewhere PyTorch does the same by
-a float32 log-softmax and `topk`. Shape suffixes: R rows, V vocabulary, K top-k width.
+On a GPU with Triton the logits are read once, in the dtype that the LM head wrote (`triton_vocab`); elsewhere PyTorch does the same in
+float32 with `logsumexp` and `topk`. Shape suffixes: R rows, V vocabulary, K top-k width.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def log_probs(logits_RV: Tensor, tokens_R: Tensor, k: int) -> Rows:
     if kernels is not None:
         return Rows(*kernels.log_probs(logits_RV, tokens_R, k))
     logits_RV = logits_RV.float()
-    rows_RV = torch.log_softmax(logits_RV, -1)
-    return Rows(rows_RV.gather(1, tokens_R[:, None])[:, 0], *rows_RV.topk(k, dim=-1), torch.logsumexp(logits_RV, -1))
+    log_z_R = torch.logsumexp(logits_RV, -1)
+    rows_RV = logits_RV - log_z_R[:, None]
+    return Rows(rows_RV.gather(1, tokens_R[:, None])[:, 0], *rows_RV.topk(k, dim=-1), log_z_R)
 
 
 def largest(rows_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
