@@ -59,6 +59,7 @@ vars_parallel() {
   var EXPERT_MODEL_PARALLEL_SIZE int:1 1 "EP of the trainer" --expert-model-parallel-size
   var SEQUENCE_PARALLEL bool 0 "sequence parallelism (with TP)" --sequence-parallel
   var USE_DISTRIBUTED_OPTIMIZER bool 0 "shard the optimizer over data-parallel ranks" --use-distributed-optimizer
+  var OPTIMIZER_CPU_OFFLOAD bool 0 "optimizer state in host memory" --optimizer-cpu-offload
   var MAX_TOKENS_PER_GPU int:1? "" "tokens packed into one micro-batch; empty: train.py's default" --max-tokens-per-gpu
   var RECOMPUTE_GRANULARITY choice:full,selective? full "activation recomputation; empty: none" --recompute-granularity
   var RECOMPUTE_METHOD choice:uniform,block? uniform "how layers are grouped for it" --recompute-method

@@ -177,6 +177,39 @@ def load_then_step(rank, ranks, port, model, data, **changes) -> dict:
     return {**out, "next": trainer.train(start, own), "after": export(trainer)}
 
 
+def optimizer_state(rank, ranks, port, model, data, steps: int = 3, chunk_bytes: int | None = None, save_at: int | None = None, **changes) -> dict:
+    """Norms of `steps` steps, and after them this rank's whole optimizer state and the weights, bit by bit; how the state is held."""
+    from slime.backends.megatron_utils import host_state
+
+    whole, host_state.CHUNK_BYTES = host_state.CHUNK_BYTES, chunk_bytes or host_state.CHUNK_BYTES
+    try:
+        trainer, start = make_trainer(rank, ranks, port, model, **changes)
+    finally:
+        host_state.CHUNK_BYTES = whole
+    own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
+    metrics = []
+    for step in range(start, start + steps):
+        metrics.append(trainer.train(step, own))
+        if step == save_at:
+            trainer.save(step, EXTRA)
+    optimizer, state = trainer.optimizer, {}
+    for n, part in enumerate(optimizer.core.chained_optimizers):
+        for i, p in enumerate(part.get_parameters()):
+            held = {"main": p.data, **part.optimizer.state[p]}
+            state.update({f"{n}:{i}:{k}": t.detach().cpu().numpy().copy() for k, t in held.items()})
+    hosts = list(optimizer.host.values())
+    on_host = {(kind, host.host[kind].data_ptr() <= t.data_ptr() < host.host[kind].data_ptr() + host.host[kind].nbytes)
+               for host in hosts for piece in host.pieces
+               for kind, t in {"main": piece.main.data, **host.part.optimizer.state[piece.main]}.items() if kind in host.host}  # fmt: skip
+    return {
+        "start": start, "norms": [m["grad_norm"] for m in metrics], "losses": [m["loss"] for m in metrics], "state": state,
+        "weights": {n: p.detach().float().cpu().numpy().copy() for n, p in trainer.model.named_parameters()}, "on_host": on_host,
+        "groups": len(optimizer.core.param_groups), "host_bytes": sum(h.nbytes for h in hosts),
+        "chunks": sum(len(h.chunks) for h in hosts), "pieces": sum(len(h.pieces) for h in hosts),
+        "step_devices": {str(s["step"].device.type) for h in hosts for s in h.part.optimizer.state.values()},
+    }  # fmt: skip
+
+
 def crash_in_second_save(rank, ranks, port, model, data, **changes) -> str:
     """The process dies (here: an exception) between writing the files and putting them in place."""
     from slime.backends.megatron_utils import checkpoint

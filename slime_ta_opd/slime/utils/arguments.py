@@ -283,6 +283,8 @@ def _parallel(parser):
     g.add_argument("--overlap-param-gather", action="store_true", help="gather parameters during the forward pass")
     g.add_argument("--accumulate-allreduce-grads-in-fp32", action=argparse.BooleanOptionalAction, default=True,
                    help="gradient buffers of a bf16 model in fp32; --no-...: in bf16, 2 bytes a parameter less")  # fmt: skip
+    g.add_argument("--optimizer-cpu-offload", action="store_true",
+                   help="optimizer state (12 bytes a parameter) in page-locked host memory; it passes through the GPU in each step")  # fmt: skip
     g.add_argument("--recompute-granularity", choices=("full", "selective"), help="activations computed again in the backward pass")
     g.add_argument("--recompute-method", choices=("uniform", "block"), help="which layers --recompute-granularity full covers")
     g.add_argument("--recompute-modules", nargs="+", help="what --recompute-granularity selective covers")

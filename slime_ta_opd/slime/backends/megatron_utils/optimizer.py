@@ -10,12 +10,14 @@ Where Transformer Engine or apex is installed, megatron-core would take their Ad
 another form. Torch's is taken everywhere, so that steps and checkpoints do not depend on what else is installed.
 
 AdamW runs as one fused kernel: torch's default keeps copies the size of the weights while it steps, which was the trainer's peak.
+With --optimizer-cpu-offload its state lives in host memory (host_state.py).
 
 Weight decay is left off norms and biases: megatron-core applies that (wd_mult) only through OptimizerParamScheduler.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 
@@ -32,6 +34,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from slime.backends.megatron_utils.host_state import HostState, MainWeightsOnHost
 from slime.backends.megatron_utils.settings import Settings
 from ta_opd.errors import ConfigError
 
@@ -59,13 +62,21 @@ class Optimizer:
             params_dtype=settings.dtype,
         )
         _take_torch_adam()
-        self.core: ChainedOptimizer = get_megatron_optimizer(config, [model], get_standard_config_overrides(config))
+        offload = settings.optimizer_cpu_offload
+        with MainWeightsOnHost() if offload else contextlib.nullcontext():
+            self.core: ChainedOptimizer = get_megatron_optimizer(config, [model], get_standard_config_overrides(config))
+        self.host: dict[object, HostState] = {}  # by part, where the state is in host memory
         self._groups = [{k: g[k] for k in ("max_lr", "min_lr", "betas", "eps")} for g in self.core.param_groups]
         for part in self.core.chained_optimizers:
             if _is_torch_adam(part):
                 _fuse(part.optimizer)
-                _create_state(part.optimizer)
-                _mend(part)
+                if offload:
+                    self.host[part] = HostState(part)
+                else:
+                    _create_state(part.optimizer)
+                _mend(part, self.host.get(part))
+        if offload:
+            self.core.reload_model_params()
         total = max(settings.total_steps, settings.lr_warmup_iters + 1)
         self.schedule = OptimizerParamScheduler(
             self.core,
@@ -106,7 +117,9 @@ class Optimizer:
         """Clips by `grad_norm` (as returned above) and takes one step; the learning rate moves on."""
         for part in self.core.chained_optimizers:
             clip = part.config.clip_grad
-            if clip > 0 and part.get_parameters():
+            if part in self.host:
+                self.host[part].clip = clip / (grad_norm + 1e-6) if clip > 0 else 1.0  # as below; it clips chunk by chunk
+            elif clip > 0 and part.get_parameters():
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip, total_norm=grad_norm)
         self.core.step_with_ready_grads()
         self.schedule.step(increment=1)
@@ -133,6 +146,7 @@ class Optimizer:
         """Drops all state; the optimizer cannot be used afterwards."""
         for part in self.core.chained_optimizers:
             vars(part).clear()
+        self.host.clear()
 
 
 def is_finite(value: float) -> bool:
@@ -174,8 +188,8 @@ def _own_steps(adam: torch.optim.AdamW) -> None:
         state["step"] = _step(float(state.get("step", 0.0)), p)
 
 
-def _mend(optimizer) -> None:
-    """Replaces what fails, on this optimizer only."""
+def _mend(optimizer, host: HostState | None) -> None:
+    """Replaces what fails, on this optimizer only. host: where its state lives, if not on the device."""
 
     def set_states(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
@@ -190,6 +204,8 @@ def _mend(optimizer) -> None:
         type(self).load_state_dict(self, state)
         _fuse(self.optimizer)  # param groups come from the checkpoint
         _own_steps(self.optimizer)
+        if host is not None:
+            host.adopt()
 
     optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)
     if isinstance(optimizer, DistributedOptimizer):
