@@ -1,6 +1,7 @@
 """Top-K of a server of ours: rows of text that come back as they were, and true numbers for every kind of request."""
 
 import asyncio
+import time
 
 import aiohttp
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from slime.backends.sglang_utils import server_topk, wire
 from slime.backends.sglang_utils.server import SGLangServer
+from slime.backends.sglang_utils.server_flags import _has_flash_attention
 from slime.backends.sglang_utils.topk_rows import FIELD, pack_rows, row_bytes, unpack_rows
 from ta_opd.errors import DataError
 from tests.sglang_utils.tiny import make_tiny_model
@@ -92,7 +94,7 @@ async def answers(url: str) -> dict[str, bytes]:
         return dict(await asyncio.gather(*(ask(*request) for request in requests())))
 
 
-def check(model, name: str, payload: dict, raw: bytes) -> None:
+def check(model, name: str, payload: dict, raw: bytes, atol: float = 1e-4) -> None:
     """Log-probs and top-K of one reply against transformers."""
     k, scored = payload.get("top_logprobs_num", 0), name.startswith("scored")
     if scored:
@@ -105,15 +107,31 @@ def check(model, name: str, payload: dict, raw: bytes) -> None:
         packed = k > 0 and "return_flat_raw_top_logprobs" in payload
         assert (f'"{FIELD}":["'.encode() in raw) == packed, name
     with torch.no_grad():
-        rows = torch.log_softmax(model(torch.tensor([tokens])).logits[0].float(), -1)[-length - 1 : -1].numpy()
+        rows = torch.log_softmax(model(torch.tensor([tokens], device=model.device)).logits[0].float(), -1)[-length - 1 : -1].cpu().numpy()
     if "token_ids_logprob" in payload:
-        np.testing.assert_allclose(reply.gathered, rows[:, payload["token_ids_logprob"]], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(reply.gathered, rows[:, payload["token_ids_logprob"]], atol=atol, err_msg=name)
     if payload["return_logprob"]:
-        np.testing.assert_allclose(reply.log_probs, rows[np.arange(length), tokens[-length:]], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(reply.log_probs, rows[np.arange(length), tokens[-length:]], atol=atol, err_msg=name)
     if k > 0:
         assert reply.topk.ids.shape == (length, k), name
-        np.testing.assert_allclose(reply.topk.logprobs, np.take_along_axis(rows, reply.topk.ids.astype(int), 1), atol=1e-4, err_msg=name)
-        np.testing.assert_allclose(reply.topk.logprobs, -np.sort(-rows, axis=1)[:, :k], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(reply.topk.logprobs, np.take_along_axis(rows, reply.topk.ids.astype(int), 1), atol=atol, err_msg=name)
+        np.testing.assert_allclose(reply.topk.logprobs, -np.sort(-rows, axis=1)[:, :k], atol=atol, err_msg=name)
+
+
+def serve(folder, flags, tmp_path, **env) -> dict[str, bytes]:
+    """What a server with `flags` answers to all of `requests`."""
+    device = flags[1]
+    server = SGLangServer(str(folder), log_file=tmp_path / "server.log", extra_args=flags, device=device, device_env={"OMP_NUM_THREADS": "1", **env})
+    try:
+        server.start()
+        server.wait_ready(300)
+        return asyncio.run(answers(server.url))
+    except (aiohttp.ClientError, AssertionError):
+        time.sleep(8)  # the server writes what it died of
+        print(server.log_tail(80))
+        raise
+    finally:
+        server.stop()
 
 
 @pytest.mark.e2e
@@ -127,13 +145,26 @@ def test_all_kinds_of_requests_at_once_against_transformers(tmp_path, monkeypatc
     flags = ["--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule",
              "--disable-cuda-graph", "--skip-tokenizer-init", "--grammar-backend", "none", "--skip-server-warmup", "--mem-fraction-static", "0.1",
              "--max-total-tokens", "8192", "--max-running-requests", "64", "--chunked-prefill-size", "64", "--disable-radix-cache"]  # fmt: skip
-    server = SGLangServer(str(folder), log_file=tmp_path / "server.log", extra_args=flags, device_env={"OMP_NUM_THREADS": "1"})
-    try:
-        server.start()
-        server.wait_ready(300)
-        replies = asyncio.run(answers(server.url))
-    finally:
-        server.stop()
+    replies = serve(folder, flags, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, payload in requests():
         check(model, name, payload, replies[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_all_kinds_of_requests_on_a_gpu(tmp_path, monkeypatch):
+    """The same in bf16, with the kernels and SGLang's loop that prepares a batch while another one runs; SGLang's own way is as near to
+    transformers as ours."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model(tmp_path / "model", 3, hidden=256, head_dim=64, vocab=5000, init=0.05)
+    monkeypatch.setenv("SGLANG_ENABLE_LOGPROB_CHUNK", "true")
+    monkeypatch.setenv("SGLANG_LOGPROB_CHUNK_SIZE", "16")
+    flags = ["--device", "cuda", "--dtype", "bfloat16", *(() if _has_flash_attention() else ("--attention-backend", "triton")), "--sampling-backend", "pytorch",
+             "--disable-cuda-graph", "--skip-tokenizer-init", "--grammar-backend", "none", "--skip-server-warmup", "--mem-fraction-static", "0.2",
+             "--max-total-tokens", "8192", "--max-running-requests", "64", "--chunked-prefill-size", "64", "--disable-radix-cache"]  # fmt: skip
+    replies = serve(folder, flags, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    for name, payload in requests():
+        check(model, name, payload, replies[name], atol=0.05)

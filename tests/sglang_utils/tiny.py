@@ -28,7 +28,7 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_tiny_model(folder, seed=0, *, tied=False, layers=2, hidden=64, vocab=VOCAB, init=0.3) -> Path:
+def make_tiny_model(folder, seed=0, *, tied=False, layers=2, hidden=64, vocab=VOCAB, init=0.3, head_dim=16) -> Path:
     """Writes config, weights and tokenizer of a random Qwen3 to `folder` and returns it."""
     import torch
 
@@ -41,7 +41,7 @@ def make_tiny_model(folder, seed=0, *, tied=False, layers=2, hidden=64, vocab=VO
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=init,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=init,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id, dtype="float32",
     )  # fmt: skip
     Qwen3ForCausalLM(config).float().save_pretrained(folder)

@@ -76,9 +76,9 @@ def _score_without_waiting(module) -> None:
 
     from slime.backends.sglang_utils import vocab_rows
 
-    def on_device(values: Sequence[int], device):
-        cuda = torch.device(device).type == "cuda"
-        return torch.tensor(values, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
+    def on_device(values: Sequence[int] | np.ndarray, device):
+        on_host = torch.from_numpy(np.asarray(values, np.int64))
+        return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
 
     def gather(logits, log_z, spans: list[tuple[int, int, list[int]]]) -> list[_Part]:
         """Log-probs of each span's ids at each of its rows, in one copy."""
