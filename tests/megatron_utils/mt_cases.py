@@ -123,7 +123,7 @@ def moments(trainer) -> dict[str, np.ndarray]:
     for key in ("exp_avg", "exp_avg_sq"):
         held = {p: p.data for p in model.parameters()}
         for p in held:
-            p.data = _moment(trainer, p, key).to(p.dtype)
+            p.data = _moment(trainer, p, key).to(p.device, p.dtype)
         try:
             buckets = list(weights.hf_weight_buckets(model, 1 << 24))
             out.update({f"{key}:{n}": t.float().cpu().numpy().copy() for b in buckets for n, t in b})
@@ -177,26 +177,70 @@ def load_then_step(rank, ranks, port, model, data, **changes) -> dict:
     return {**out, "next": trainer.train(start, own), "after": export(trainer)}
 
 
-def optimizer_state(rank, ranks, port, model, data, steps: int = 3, chunk_bytes: int | None = None, save_at: int | None = None, **changes) -> dict:
-    """Norms of `steps` steps, and after them this rank's whole optimizer state and the weights, bit by bit; how the state is held."""
+def make_trainer_in_chunks(rank, ranks, port, model, chunk_bytes: int | None, **changes):
+    """`make_trainer` with host chunks of this size."""
     from slime.backends.megatron_utils import host_state
 
     whole, host_state.CHUNK_BYTES = host_state.CHUNK_BYTES, chunk_bytes or host_state.CHUNK_BYTES
     try:
-        trainer, start = make_trainer(rank, ranks, port, model, **changes)
+        return make_trainer(rank, ranks, port, model, **changes)
     finally:
         host_state.CHUNK_BYTES = whole
+
+
+def state_of(trainer) -> dict[str, np.ndarray]:
+    """This rank's main weights, moments and step counts by "<optimizer>:<tensor>:<kind>"."""
+    state = {}
+    for n, part in enumerate(trainer.optimizer.core.chained_optimizers):
+        for i, p in enumerate(part.get_parameters()):
+            held = {"main": p.data, **part.optimizer.state[p]}
+            state.update({f"{n}:{i}:{k}": t.detach().cpu().numpy().copy() for k, t in held.items()})
+    return state
+
+
+def optimizer_alone(rank, ranks, port, model, steps: int = 3, chunk_bytes: int | None = None, **changes) -> dict:
+    """Steps with drawn gradients, so that no kernel of forward or backward decides a bit: norms, state, weights, device memory in bytes
+    (0 on CPU): `init` the peak of building, `held` between steps, `step` the peak of norm and step above that."""
+    from slime.backends.megatron_utils import cpu_runtime
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    trainer, _ = make_trainer_in_chunks(rank, ranks, port, model, chunk_bytes, **changes)
+    init = torch.cuda.max_memory_allocated() - before if cuda else 0
+    held = torch.cuda.memory_allocated() if cuda else 0
+    parameters, norms, peak = list(trainer.model.parameters()), [], 0
+    for step in range(steps):
+        with cpu_runtime.cpu_runtime():
+            trainer.model.zero_grad_buffer()
+            trainer.optimizer.zero_grad()
+            for n, p in enumerate(parameters):
+                p.main_grad.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + n)))
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            norms.append(trainer.optimizer.grad_norm())
+            trainer.optimizer.apply(norms[-1])
+            if cuda:
+                peak = max(peak, torch.cuda.max_memory_allocated() - held)
+    return {
+        "norms": norms, "losses": [], "state": state_of(trainer), "weights": {n: p.detach().float().cpu().numpy() for n, p in trainer.model.named_parameters()},
+        "init": init, "held": held - before, "step": peak, "parameters": sum(p.numel() for p in parameters), "largest": max(p.numel() for p in parameters),
+    }  # fmt: skip
+
+
+def optimizer_state(rank, ranks, port, model, data, steps: int = 3, chunk_bytes: int | None = None, save_at: int | None = None, **changes) -> dict:
+    """Norms of `steps` steps, and after them this rank's whole optimizer state and the weights, bit by bit; how the state is held."""
+    trainer, start = make_trainer_in_chunks(rank, ranks, port, model, chunk_bytes, **changes)
     own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
     metrics = []
     for step in range(start, start + steps):
         metrics.append(trainer.train(step, own))
         if step == save_at:
             trainer.save(step, EXTRA)
-    optimizer, state = trainer.optimizer, {}
-    for n, part in enumerate(optimizer.core.chained_optimizers):
-        for i, p in enumerate(part.get_parameters()):
-            held = {"main": p.data, **part.optimizer.state[p]}
-            state.update({f"{n}:{i}:{k}": t.detach().cpu().numpy().copy() for k, t in held.items()})
+    optimizer, state = trainer.optimizer, state_of(trainer)
     hosts = list(optimizer.host.values())
     on_host = {(kind, host.host[kind].data_ptr() <= t.data_ptr() < host.host[kind].data_ptr() + host.host[kind].nbytes)
                for host in hosts for piece in host.pieces

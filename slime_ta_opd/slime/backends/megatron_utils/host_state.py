@@ -150,7 +150,7 @@ class HostState:
             return
         compute = torch.cuda.current_stream(self.device)
         inward, outward = self.streams
-        stages = [{k: torch.empty(self.width, device=self.device) for k in self.host} for _ in range(SLOTS)]
+        stages = [dict(zip(self.host, torch.empty(len(self.host), self.width, device=self.device), strict=True)) for _ in range(SLOTS)]
         narrow = any(p.model.main_grad.dtype != torch.float32 for p in self.pieces)
         widened = torch.empty(self.width, device=self.device) if narrow else None
         inward.wait_stream(compute)  # the stages' memory may have been used there
