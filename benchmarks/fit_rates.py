@@ -80,6 +80,7 @@ def training_rates() -> dict:
                                   f"slope of the peaks {both}, less the inputs of all layers"),
         "head_chunk_bytes": rate(512 * 2**20, "bytes", "measured", "losses/linear_head.py", "the chunk of logits on a GPU"),
         "optimizer_bytes": rate(OPTIMIZER_BYTES, "bytes a parameter over the bandwidth", "assumed", GUESS, "30 bytes read and written, at 0.4 of the bandwidth"),
+        "host_link_bytes": rate(45e9, "B/s each way", "assumed", GUESS, "optimizer state in host memory: PCIe 5 x16, both directions at once"),
         "tensor_parallel_efficiency": rate(0.95, "a doubling of TP", "assumed", GUESS, "narrower matrices"),
         "expert_efficiency": rate(0.6, "of a dense model's utilisation", "assumed", GUESS, "small matrices of single experts"),
         "usable_memory": rate(0.94, "of the card", "assumed", GUESS, "context, fragmentation, NCCL buffers"),

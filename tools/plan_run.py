@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss-rows", choices=("kept", "all"), default="kept")
     add("--optimizer-steps", type=int, default=1, help="optimizer steps a rollout")
     add("--no-recompute", action="store_true", help="keep activations instead of computing them again")
+    add("--optimizer-cpu-offload", action="store_true", help="the optimizer's state in host memory")
     add("--no-bank", action="store_true", help="no token bank")
     add("--score-after-generation", action="store_true", help="no overlap of scoring with generation")
     add("--asynchronous", action="store_true", help="train_async.py: the next rollout is made while this one trains")
@@ -83,7 +84,7 @@ def task_of(args) -> Task:
     )  # fmt: skip
     work = Workload(
         prompts=args.prompts, samples=args.samples, prompt_len=args.prompt_len, response_len=args.response_len, response_mean=args.response_mean,
-        k=args.k, budget=args.budget, cut=args.cut, all_rows=args.loss_rows == "all", recompute=not args.no_recompute,
+        k=args.k, budget=args.budget, cut=args.cut, all_rows=args.loss_rows == "all", recompute=not args.no_recompute, optimizer_cpu_offload=args.optimizer_cpu_offload,
         optimizer_steps=args.optimizer_steps, bank=not args.no_bank, overlap=not args.score_after_generation, asynchronous=args.asynchronous, max_tokens=args.max_tokens_per_gpu,
         student_concurrency=args.student_concurrency, graph_batch=args.graph_batch,
     )  # fmt: skip

@@ -242,6 +242,25 @@ def test_what_cannot_fit_is_refused_with_the_reason(rates):
     assert best_plan(task(rates, 4, "4B", "14B", gpu="H100")).split.gpus <= 4
 
 
+def test_the_optimizer_state_in_host_memory_leaves_the_card(rates, tool, capsys):
+    from slime.backends.megatron_utils import host_state
+
+    assert memory.STAGING == host_state.staging_bytes()
+    split = Split("colocated", Layout(dp=2), Servers(2, 1), Servers(2, 1))
+    here, there = (predict(task(rates, 2, optimizer_cpu_offload=on), split) for on in (False, True))
+    assert there.trainer.host == here.trainer.optimizer and here.trainer.host == 0
+    assert there.trainer.optimizer == memory.STAGING < here.trainer.optimizer
+    moved = 12 * sum(memory.local_parameters(task(rates).student, split.trainer)) / 2
+    assert there.trainer.host == pytest.approx(moved) and there.train.optimizer == pytest.approx(moved / rates["host_link_bytes"])
+    assert there.seconds["train"] > here.seconds["train"] and there.bytes_by_role["trainer"] < here.bytes_by_role["trainer"]
+    words = "--student 1.7B --teacher 4B --gpus 1 --layout 1,1,1,1".split()
+    shown = run_json(tool, capsys, [*words, "--optimizer-cpu-offload"])
+    assert "--optimizer-cpu-offload" in shown["plan"]["flags"] and shown["memory_gib"]["host_a_rank"] == pytest.approx(19.2, abs=0.2)
+    assert "--optimizer-cpu-offload" not in run_json(tool, capsys, words)["plan"]["flags"]
+    assert tool.main([*words, "--optimizer-cpu-offload"]) == 0
+    assert "19.2 GiB of page-locked host memory a trainer rank" in " ".join(capsys.readouterr().out.split())
+
+
 def test_no_plan_holds_more_than_the_card(rates):
     for gpus, student, teacher in ((1, "1.7B", "4B"), (4, "4B", "14B"), (64, "32B", "235B-A22B")):
         job = task(rates, gpus, student, teacher, response_len=8192, response_mean=4096.0, prompts=64)

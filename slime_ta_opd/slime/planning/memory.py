@@ -1,7 +1,8 @@
 """Bytes on one GPU: the trainer's state and activations, the servers' weights and caches.
 
 Trainer, a parameter: bf16 weights (2), fp32 gradients (4), and fp32 weights with two Adam moments (12), the last divided over the
-data- and context-parallel ranks by the distributed optimizer. Activations with full recompute: the input of every layer, and the
+data- and context-parallel ranks by the distributed optimizer; with `optimizer_cpu_offload` those are in host memory and the GPU holds
+the chunks that pass through it. Activations with full recompute: the input of every layer, and the
 working set of one.
 """
 
@@ -16,12 +17,13 @@ from slime.planning.workload import Workload
 
 GIB = 2.0**30
 SEQUENCES_HELD = 2  # a student engine that holds fewer whole responses is not worth starting
+STAGING = 3 * 256 * 2.0**20  # of --optimizer-cpu-offload (host_state.py); taken during the optimizer's step only, counted always
 MICRO_BATCHES = (32_768, 16_384, 8_192, 4_096)
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Bytes of one rank. tokens: of its micro-batch (a context-parallel rank's share)."""
+    """Bytes of one rank on its GPU. tokens: of its micro-batch (a context-parallel rank's share). host: page-locked memory, beside the GPU's."""
 
     weights: float
     gradients: float
@@ -29,6 +31,7 @@ class TrainerMemory:
     activations: float
     head: float
     tokens: int
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -56,6 +59,9 @@ def trainer_memory(model: Model, layout: Layout, work: Workload, rates: Rates, t
     dense, experts = local_parameters(model, layout)
     shard = layout.dp * layout.cp
     optimizer = 12 * (dense / shard + experts / max(1.0, shard / layout.ep))
+    host = 0.0
+    if work.optimizer_cpu_offload:
+        optimizer, host = min(optimizer, STAGING), optimizer
     kept = s.num_layers / layout.pp * s.hidden_size * BF16 * min(layout.pp, 4)  # stages ahead hold several micro-batches
     if not work.recompute:
         kept = s.num_layers / layout.pp * rates["activation_copies"] * working_width(model) * BF16
@@ -63,7 +69,7 @@ def trainer_memory(model: Model, layout: Layout, work: Workload, rates: Rates, t
     activations = tokens * (kept + working) / layout.tp
     rows = work.kept_rows / max(work.sequence_tokens, 1) * tokens * layout.cp
     head = model.table_parameters * BF16 / layout.tp + rates["head_chunk_bytes"] * 2 + rows * s.hidden_size * BF16 * 2
-    return TrainerMemory(BF16 * (dense + experts), 4 * (dense + experts), optimizer, activations, head, tokens)
+    return TrainerMemory(BF16 * (dense + experts), 4 * (dense + experts), optimizer, activations, head, tokens, host)
 
 
 def best_trainer_memory(model: Model, layout: Layout, work: Workload, rates: Rates, room: float) -> TrainerMemory | None:

@@ -25,7 +25,7 @@ def as_dict(task: Task, prediction: Prediction) -> dict[str, Any]:
         "tokens": {"response": task.work.response_tokens, "trained": task.work.trained_tokens, "kept": task.work.kept_rows,
                    "a_second": task.work.response_tokens / p.total},
         "memory_gib": {**{k: v / GIB for k, v in p.bytes_by_role.items()}, "card": g.memory / GIB,
-                       "usable": memory.usable(g, task.rates) / GIB},
+                       "usable": memory.usable(g, task.rates) / GIB, "host_a_rank": p.trainer.host / GIB},
         "generate": {"steps": p.generate.steps, "responses_at_once": p.generate.running, "waves": p.generate.waves},
         "train": {**{k: v for k, v in asdict(t).items()}, "mfu": mfu(task, p)},
         "score_all_seconds": p.score.total, "gpus_busy": p.busy,
@@ -54,6 +54,8 @@ def flags(task: Task, prediction: Prediction) -> list[str]:
              "--max-tokens-per-gpu", str(p.trainer.tokens), "--use-distributed-optimizer"]  # fmt: skip
     if layout.tp > 1:
         words.append("--sequence-parallel")
+    if task.work.optimizer_cpu_offload:
+        words.append("--optimizer-cpu-offload")
     if layout.ep > 1:
         words += ["--expert-model-parallel-size", str(layout.ep)]
     if task.work.recompute:
@@ -92,6 +94,9 @@ def show(task: Task, prediction: Prediction, console) -> None:
     console.print(where)
     console.print(f"GPUs busy {p.busy:.0%} of the step; training at {mfu(task, p):.0%} of the matmul rate (recompute not counted); "
                   f"{memory.usable(m.gpu, task.rates) / GIB:.1f} GiB of a card are usable")  # fmt: skip
+    if p.trainer.host:
+        console.print(f"optimizer state: {p.trainer.host / GIB:.1f} GiB of page-locked host memory a trainer rank, "
+                      f"{p.trainer.host * min(p.split.trainer.gpus, m.per_node) / GIB:.1f} GiB a node")  # fmt: skip
     crowd = Table(title="what does not grow with GPUs")
     for name in ("part", "seconds", "share", "load"):
         crowd.add_column(name, justify="left" if name in ("part", "load") else "right")

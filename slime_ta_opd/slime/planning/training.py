@@ -79,4 +79,6 @@ def train_seconds(model: Model, layout: Layout, work: Workload, gpu: Gpu, rates:
     link = gpu.nvlink if layout.gpus <= per_node else gpu.network
     gradients = work.optimizer_steps * (4 + BF16) * (dense + expert) * (group - 1) / group / link
     optimizer = work.optimizer_steps * rates["optimizer_bytes"] * (dense + expert) / group / gpu.bandwidth
+    if work.optimizer_cpu_offload:  # both ways at once, the kernels behind them
+        optimizer = max(optimizer, work.optimizer_steps * 12 * (dense + expert) / group / rates["host_link_bytes"])
     return TrainSeconds(compute, fixed, tensor, context, experts, bubble, gradients, optimizer, done, useful)

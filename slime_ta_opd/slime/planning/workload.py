@@ -31,6 +31,7 @@ class Workload:
     optimizer_steps: int = 1
     bank: bool = True
     overlap: bool = True  # score each response as it ends
+    optimizer_cpu_offload: bool = False  # the optimizer's state in host memory
     asynchronous: bool = False  # train_async.py: the next rollout is made while this one trains
     max_tokens: int | None = None  # of one micro-batch and context-parallel rank; None: what fits
     student_concurrency: int = 256

@@ -31,7 +31,7 @@ def print_plan(args) -> None:
               f"{args.num_prompts} prompts ({args.num_rollout * args.rollout_batch_size / args.num_prompts:.2f} epochs)",
               f"selection: mask {args.opd_budget_mask}, budget {args.opd_budget_ratio:g}, K {args.opd_topk_metrics_k}, "
               f"profile {args.opd_profile}; loss {args.opd_loss_type}, {args.opd_loss_reduction}, rows {args.opd_loss_rows}",
-              "", "disk", f"run directory: {with_free_space(args.output_dir)}"]  # fmt: skip
+              *_host_memory(args, parameters), "", "disk", f"run directory: {with_free_space(args.output_dir)}"]  # fmt: skip
     if args.save_interval:
         per = parameters * (12 if not args.no_save_optim else 4)
         saves = -(-args.num_rollout // args.save_interval)
@@ -45,6 +45,16 @@ def print_plan(args) -> None:
     print("\nresolved configuration")
     for key, value in config_file.resolved(args).items():
         print(f"  {key}: {value}")
+
+
+def _host_memory(args, parameters: float) -> list[str]:
+    """What --optimizer-cpu-offload takes of the hosts, all trainer ranks together."""
+    if not args.optimizer_cpu_offload:
+        return []
+    ranks = args.actor_num_nodes * args.actor_num_gpus_per_node
+    copies = 1 if args.use_distributed_optimizer else ranks // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    size = human_bytes(parameters * (12 if args.bf16 else 8) * copies)
+    return ["", "host memory", f"optimizer state: about {size} page-locked, over {ranks} trainer ranks on {args.actor_num_nodes} nodes"]
 
 
 def count_parameters(config: dict[str, Any]) -> float:
