@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import divergence, loss_rows, measure, step_account, vocab_rows
+from benchmarks import divergence, loss_rows, measure, optimizer_step, step_account, vocab_rows
 from benchmarks.reference_trunk import QWEN3_1_7B
 
 
@@ -44,6 +44,17 @@ def test_loss_rows(tmp_path, monkeypatch, flags):
         assert {row["way"] for row in result["tables"]["head alone"]} == set(loss_rows.WAYS)
     else:
         assert {row["kept against"] for row in result["tables"]["ratios"]} == {"all, plain", "all, chunked", "all, ours"}
+
+
+def test_optimizer_step(tmp_path, monkeypatch):
+    result = _run(optimizer_step, monkeypatch, tmp_path)
+    assert [(r["gradients"], r["state"]) for r in result["tables"]["steps"]] == [(g, w) for g in ("fp32", "bf16") for w in ("device", "host")]
+    assert all(r["different weights"] == 0 and r["host over device"] > 0 for r in result["tables"]["ratios"])
+    from slime.backends.megatron_utils.host_state import HostState
+
+    true = HostState._update
+    monkeypatch.setattr(HostState, "_update", lambda self, *given: (setattr(self, "clip", 1.0), true(self, *given)))  # not clipped
+    assert optimizer_step.main() == 1
 
 
 def test_counted_peaks_are_those_recorded_on_a_gpu():
