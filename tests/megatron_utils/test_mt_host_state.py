@@ -1,5 +1,9 @@
 """--optimizer-cpu-offload: every bit of the state on the device, in every layout; checkpoints both ways; chunks; what is refused."""
 
+import contextlib
+import itertools
+import types
+
 import numpy as np
 import pytest
 from conftest import data
@@ -57,11 +61,14 @@ def test_every_bit_is_that_of_the_state_on_the_device(pool, models, case):
 
 ONE = dict(ranks=1, **DISTRIBUTED, **BF16)
 TWO = dict(ranks=2, **DISTRIBUTED, **BF16)
+EP2 = dict(ranks=2, expert_model_parallel_size=2, **DISTRIBUTED, **BF16)
 LATER = {  # layout of the save, of the load, whether the state is on the host then
     "to_the_device": (TWO, TWO, True, False),
     "to_the_host": (TWO, TWO, False, True),
     "to_the_host_elsewhere": (TWO, ONE, False, True),
     "fp32_to_the_host": (dict(ranks=1), dict(ranks=1), False, True),
+    "experts_to_the_device": (EP2, EP2, True, False),
+    "experts_to_the_host": (EP2, EP2, False, True),
     "plain_to_the_host": (dict(ranks=1, **BF16), dict(ranks=1, **BF16), True, True),
 }
 
@@ -69,7 +76,7 @@ LATER = {  # layout of the save, of the load, whether the state is on the host t
 @pytest.mark.parametrize("case", [pytest.param(n, marks=() if n in ("to_the_device", "to_the_host_elsewhere", "plain_to_the_host") else pytest.mark.slow) for n in LATER])
 def test_a_run_goes_on_with_the_flag_or_without(pool, models, tmp_path, case):
     source, target, before, after = LATER[case]
-    common = dict(model=models("qwen3"), data=data(), save=str(tmp_path / "run"), chunk_bytes=SMALL)
+    common = dict(model=models("qwen3_moe" if "experts" in case else "qwen3"), data=data(), save=str(tmp_path / "run"), chunk_bytes=SMALL)
     whole = pool.run("optimizer_state", steps=3, save_at=1, optimizer_cpu_offload=before, **common, **source)
     again = pool.run("optimizer_state", steps=1, optimizer_cpu_offload=after, load=str(tmp_path / "run"), **common, **target)
     assert {r["start"] for r in again} == {2} and bool(again[0]["on_host"]) == after
@@ -126,6 +133,128 @@ def test_chunks_cover_every_element_once_and_end_at_whole_vectors(sizes, width):
             assert chunk.start <= piece.offset + begin and piece.offset + end <= chunk.stop
             seen[id(piece)] += list(range(begin, end))
     assert all(seen[id(p)] == list(range(p.main.numel())) for p in pieces)
+
+
+class Streams:
+    """Work on streams that runs late, in the order of a priority: whatever no event holds back goes ahead of the rest."""
+
+    def __init__(self):
+        self.queues: dict[object, list] = {}
+        self.current = None
+
+    def run(self, priority: list) -> None:
+        while any(self.queues.values()):
+            for stream in priority:
+                queue = self.queues[stream]
+                if queue and (not isinstance(queue[0], Event) or queue[0].done):
+                    work = queue.pop(0)
+                    if callable(work):
+                        work()
+                    break
+            else:
+                raise AssertionError("the streams wait for each other")
+
+
+class Event:
+    done = False
+
+    def set(self) -> None:
+        self.done = True
+
+
+class Stream:
+    def __init__(self, streams: Streams):
+        self.streams, self.priority = streams, None
+        streams.queues[self] = []
+
+    def record_event(self) -> Event:
+        event = Event()
+        self.streams.queues[self].append(event.set)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.streams.queues[self].append(event)
+
+    def wait_stream(self, other) -> None:
+        self.wait_event(other.record_event())
+
+    def synchronize(self) -> None:
+        self.streams.run(self.priority)
+
+
+@pytest.mark.parametrize("priority", list(itertools.permutations(range(3))))
+def test_no_stream_runs_ahead_of_what_it_needs(monkeypatch, priority):
+    """Copies and steps run late and in the worst orders that the events allow: the bits of AdamW on the whole."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from slime.backends.megatron_utils import host_state
+
+    streams = Streams()
+    made, compute = [], Stream(streams)
+
+    def make(device=None):
+        made.append(Stream(streams))
+        return made[-1]
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.current = stream
+        yield
+        streams.current = None
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: compute)
+    drawn = torch.Generator().manual_seed(0)
+    models = [torch.randn(n, generator=drawn).bfloat16() for n in (500, 33, 700)]
+    for model in models:
+        model.main_grad = torch.randn(model.shape, generator=drawn)
+    mains = [m.float() for m in models]
+    whole = [m.clone() for m in mains]
+    adam, plain = (torch.optim.AdamW(x, lr=1e-2, fused=True, foreach=False) for x in (mains, whole))
+    part = types.SimpleNamespace(optimizer=adam, float16_groups=[models], fp32_from_float16_groups=[mains])
+    held = host_state.HostState(part, 12 * 64)
+    for piece, value in zip(held.pieces, whole, strict=True):
+        piece.main.data.copy_(value)
+    update = held._update
+
+    def later(chunk, stage, widened):
+        state = adam.state[chunk.parts[0][0].main]
+        counted = state["step"].clone()  # read when the work is queued
+
+        def work():
+            now, state["step"] = state["step"], counted
+            update(chunk, stage, widened)
+            state["step"] = now
+
+        streams.queues[compute].append(work)
+
+    held._update = later
+
+    class Queued(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.copy_ and streams.current is not None:
+                streams.queues[streams.current].append(lambda: args[0].copy_(args[1]))
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    order = [(compute, *made)[i] for i in priority]
+    for stream in made:
+        stream.priority = order
+    held.clip = 0.3
+    for _ in range(2):
+        for model, value in zip(models, whole, strict=True):
+            model.main_grad = torch.randn(model.shape, generator=drawn)
+            value.grad = model.main_grad * 0.3
+        with Queued():
+            held.step()
+        plain.step()
+        assert len(held.chunks) > 3 * host_state.SLOTS and not any(streams.queues.values())
+        for piece, value, model in zip(held.pieces, whole, models, strict=True):
+            assert torch.equal(piece.main.data, value) and torch.equal(model, value.bfloat16())
+            for kind in host_state.MOMENTS:
+                assert torch.equal(adam.state[piece.main][kind], plain.state[value][kind])
 
 
 def test_too_little_host_memory_is_refused():

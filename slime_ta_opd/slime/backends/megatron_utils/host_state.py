@@ -106,7 +106,7 @@ class HostState:
         self.chunks = list(_cut(self.pieces, max(width, ALIGN)))
         self.width = max((c.stop - c.start for c in self.chunks), default=0)
         self.device = self.pieces[0].model.device if self.pieces else torch.device("cpu")
-        self.streams = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)  # cpu_runtime.py answers where there are none
+        self.streams = [torch.cuda.Stream(self.device) for _ in self.pieces[:1] * 2]  # cpu_runtime.py answers where there are none
         kinds = KINDS if any(not p.in_place for p in self.pieces) else MOMENTS
         self.host = _host_buffers(kinds, size, self.device)
         self._unlock = weakref.finalize(self, _unlock, list(self.host.values())) if self.device.type == "cuda" else None
