@@ -159,9 +159,7 @@ def _teacher(args):
         )
     if args.teacher_port:
         check_port(args.sglang_host, args.teacher_port)
-    if args.teacher_batch_tokens is None:
-        args.teacher_batch_tokens = 8192 if args.device == "cuda" and args.colocate and args.teacher_colocate else 0
-    elif args.teacher_batch_tokens < 0:
+    if args.teacher_batch_tokens < 0:
         raise ConfigError(f"--teacher-batch-tokens: expected 0 (score at once) or more, got {args.teacher_batch_tokens}")
     args.teachers = parse_teachers(args) if args.opd_type == "sglang" else {}
     if args.teacher_quantization and not (args.device == "cuda" and any(isinstance(t, str) for t in args.teachers.values())):
