@@ -70,7 +70,6 @@ def options() -> argparse.Namespace:
     p.add_argument("--loads", nargs="*", metavar="RESPONSESxTOKENS@K", help=f"further sizes, each sampled once; on a GPU {' '.join(LOADS)}")
     p.add_argument("--sync-gpus", default="0", help="GPUs of trainer and engine among those visible, e.g. 0 (colocated) or 0,1 (apart)")
     p.add_argument("--teacher-quantization", help="of the teacher's server, such as fp8")
-    p.add_argument("--teacher-batch-tokens", type=int, default=0, help="responses wait until they make so many (overlap)")
     p.add_argument("--json", help="also write the rows here")
     o = p.parse_args()
     small = o.device == "cpu"
@@ -118,7 +117,7 @@ class Bench:
             sglang_server_concurrency=max(256, most), teacher_concurrency=64, request_timeout=600, request_retries=3, sglang_api_key=None,
             teacher_timeout=60, opd_topk_metrics_k=16, opd_exact_cmass=False, rollout_batch_size=o.prompts, n_samples_per_prompt=1,
             input_key="prompt", label_key=None, apply_chat_template=False, sglang_mem_fraction_static=0.4,
-            teacher_mem_fraction_static=0.5, teacher_quantization=o.teacher_quantization, teacher_batch_tokens=o.teacher_batch_tokens, sglang_cuda_graph_max_bs=min(256, max(64, most)), teacher_cuda_graph_max_bs=8, opd_type="sglang",
+            teacher_mem_fraction_static=0.5, teacher_quantization=o.teacher_quantization, sglang_cuda_graph_max_bs=min(256, max(64, most)), teacher_cuda_graph_max_bs=8, opd_type="sglang",
             weight_sync="auto", output_dir=str(folder / "out"), sglang_host="127.0.0.1",
         )  # fmt: skip
 

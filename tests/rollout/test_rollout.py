@@ -136,15 +136,6 @@ def test_scoring_can_wait_for_the_end_of_generation(args, tokenizer):
     assert order == ["g"] * 3 + ["s"] * 3 and all(s.teacher_topk is not None for s in samples)
 
 
-def test_responses_wait_for_a_batch_and_the_last_one_sampled_lets_all_through(args, tokenizer):
-    args.teacher_batch_tokens, args.n_samples_per_prompt = 10**6, 1
-    both, order = clients(), []
-    both.student.hook = lambda kind, n: order.append("g")
-    both.teachers["default"].hook = lambda kind, n: order.append("s")
-    samples = flat(generate_rollout(args, 0, PromptDataSource(args, tokenizer), both))
-    assert order == ["g"] * 3 + ["s"] * 3 and all(s.teacher_topk is not None for s in samples)
-
-
 def test_evaluation_asks_no_teacher_and_no_top_k(args, tokenizer):
     both = clients()
     source = PromptDataSource(args, tokenizer, evaluation=True)

@@ -69,7 +69,6 @@ def test_a_good_command_line_passes_and_derives_what_follows(task):
     (["--load", "/nowhere"], "--load: expected a checkpoint directory"),
     (["--opd-metric-q-low", "0.9", "--opd-metric-q-high", "0.1"], "q"),
     (["--opd-type", "megatron"], "expected --opd-teacher-load"),
-    (["--teacher-batch-tokens", "-1"], "expected 0 .score at once. or more, got -1"),
     (["--teacher-quantization", "fp8"], "expected a GPU and a teacher directory"),
     (["--opd-selector-path", "no.such.module:rule"], "no.such"),
 ])  # fmt: skip

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 from slime.backends.sglang_utils import loop
-from slime.rollout.gathering import Gathering
 from slime.rollout.measuring import Measuring
 from slime.rollout.on_policy_distillation import score_sample
 from slime.rollout.progress import Progress
@@ -44,7 +43,6 @@ class _Rollout:
         self.custom = load_function(path, "--custom-generate-function-path") if path else None
         self.scoring = not evaluation and getattr(args, "opd_type", "sglang") == "sglang" and bool(clients.teachers)
         self.score_last = getattr(args, "score_after_generation", False)
-        self.gathering = Gathering(getattr(args, "teacher_batch_tokens", None) or 0)
         self.tokenizer = load_tokenizer(args.hf_checkpoint, getattr(args, "trust_remote_code", False))
         self.stop_now = False
         self.sampled_at = self.scored_at = self.begin = time.monotonic()
@@ -105,8 +103,7 @@ class _Rollout:
         if sample.status is Sample.Status.ABORTED and sample.response_length:
             self._mark_stale(sample)
         if sample.status in (Sample.Status.PENDING, Sample.Status.ABORTED):
-            with self.gathering.sampling():
-                await self._sample(sample)
+            await self._sample(sample)
         self.sampled_at = max(self.sampled_at, time.monotonic())
         if sample.status is Sample.Status.ABORTED:
             return
@@ -120,7 +117,6 @@ class _Rollout:
     async def _score(self, sample: Sample) -> None:
         if not self.scoring or sample.teacher_log_probs is not None:
             return
-        await self.gathering.enter(len(sample.tokens))
         began = time.monotonic()
         await score_sample(self.args, sample, self.clients.teacher_of(sample.metadata))
         self.scored_at = time.monotonic()

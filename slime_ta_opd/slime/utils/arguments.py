@@ -178,8 +178,6 @@ def _teacher(parser):
     g.add_argument("--teacher-quantization", metavar="METHOD",
                    help="SGLang's quantization of a teacher that the run starts (fp8: about half the time in its products, other log-probs)")  # fmt: skip
     g.add_argument("--teacher-concurrency", type=int, default=64, help="scoring requests in flight for one teacher")
-    g.add_argument("--teacher-batch-tokens", type=int, default=0,
-                   help="responses wait until they make so many tokens before they are scored, for a teacher on the engines' GPUs; 0: never")  # fmt: skip
     g.add_argument("--teacher-timeout", type=float, default=600, help="seconds to wait for a teacher that is away")
     g.add_argument("--request-timeout", type=float, default=600, help="seconds one request may take")
     g.add_argument("--request-retries", type=int, default=5, help="times a failed request is sent again")

@@ -159,8 +159,6 @@ def _teacher(args):
         )
     if args.teacher_port:
         check_port(args.sglang_host, args.teacher_port)
-    if args.teacher_batch_tokens < 0:
-        raise ConfigError(f"--teacher-batch-tokens: expected 0 (score at once) or more, got {args.teacher_batch_tokens}")
     args.teachers = parse_teachers(args) if args.opd_type == "sglang" else {}
     if args.teacher_quantization and not (args.device == "cuda" and any(isinstance(t, str) for t in args.teachers.values())):
         raise ConfigError(f"--teacher-quantization: expected a GPU and a teacher directory whose server this run starts, got {args.device} and "
