@@ -40,7 +40,7 @@ class _HostCopy:
 
 
 class _Part:
-    """Some positions of one prompt in a chunk's copy: rows [begin, end), or with `width` a flat run of [positions, width] from begin."""
+    """Some positions of one prompt in a chunk's copy: rows [begin, end) of it, or with `flat` entries [begin, end) of [positions, width]."""
 
     def __init__(self, copy: _HostCopy, begin: int, end: int, width: int, flat: bool = False):
         self.copy, self.begin, self.end, self.width, self.flat = copy, begin, end, width, flat
