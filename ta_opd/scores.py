@@ -129,15 +129,18 @@ def normalise(x_T: np.ndarray, chosen: np.ndarray | None, config: ScoreConfig) -
 
 
 def quantiles(x_P: np.ndarray, which: tuple[float, ...]) -> list:
-    """Quantiles by linear interpolation at index q * (n - 1); x_P finite and not empty."""
+    """Quantiles by linear interpolation at index q * (n - 1), in float64, then in the dtype of x_P, which is finite and not empty.
+
+    In float32 a value between two equal ones could come out beside them, and all-equal values would not be seen as equal.
+    """
     places = [q * (x_P.size - 1) for q in which]
     ends = sorted({int(np.floor(p)) for p in places} | {int(np.ceil(p)) for p in places})
     sorted_P = np.partition(x_P, ends)
     result = []
     for place in places:
         low, high = int(np.floor(place)), int(np.ceil(place))
-        share = x_P.dtype.type(place - low)
-        result.append(sorted_P[low] * (1 - share) + sorted_P[high] * share if high > low else sorted_P[low])
+        below, above, share = float(sorted_P[low]), float(sorted_P[high]), place - low
+        result.append(x_P.dtype.type(below * (1 - share) + above * share if high > low else below))
     return result
 
 

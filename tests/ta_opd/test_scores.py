@@ -25,6 +25,16 @@ def test_published_examples_of_normalisation(dtype):
     assert normalise(np.zeros(0, dtype), None, quantile).size == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_population_whose_inner_quantiles_are_equal_carries_no_signal(dtype):
+    rng = np.random.default_rng(3)
+    for num in (2, 5, 8, 50, 333, 1000):
+        for value in rng.random(40) * 27:
+            x_T = np.full(num, value, dtype)
+            x_T[: num // 25], x_T[num - num // 25 :] = 0, 30  # less than 5 % at each end
+            assert not normalise(x_T, None, ScoreConfig()).any(), (num, value)
+
+
 @pytest.mark.parametrize("profile", ["paper", "released"])
 @pytest.mark.parametrize("scheme", ["batch_quantile", "batch_minmax", "none"])
 @pytest.mark.parametrize("proxy", list(PROXY_COLUMN))
