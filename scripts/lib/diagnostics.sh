@@ -87,6 +87,13 @@ check_diagnostic() {
     if [[ $BANK_SOURCE == heldout && ! -f $HELDOUT_PROMPT_DATA ]]; then
       bad HELDOUT_PROMPT_DATA "a readable file, or SOURCE_DATA to split (BANK_SOURCE=dump needs none)"
     fi
+  elif ! prompts_are_there; then
+    local name
+    for name in PROMPT_DATA HELDOUT_PROMPT_DATA; do # a file of the user's is not written over
+      if [[ ${_VAR_FROM[$name]} == user && -e ${!name} ]]; then
+        bad "$name" "the name of a new file beside SOURCE_DATA=$SOURCE_DATA, whose split is written there; unset it to write below DIAG_DIR"
+      fi
+    done
   fi
   if [[ ! $SCORE_TOPK =~ ^[0-9]+(,[0-9]+)*$ ]]; then bad SCORE_TOPK "numbers such as 16 or 16,8,32"; fi
   if [[ ! $ITERATIONS =~ ^(latest|all|[0-9]+(,[0-9]+)*)$ ]]; then bad ITERATIONS "latest, all, or numbers such as 25,50"; fi
@@ -94,8 +101,10 @@ check_diagnostic() {
   check_run
 }
 
+prompts_are_there() { [[ -f $PROMPT_DATA && (-f $HELDOUT_PROMPT_DATA || $BANK_SOURCE != heldout) ]]; }
+
 split_prompts() { # once; the recorded indices stay what they are
-  if [[ -f $PROMPT_DATA && (-f $HELDOUT_PROMPT_DATA || $BANK_SOURCE != heldout) ]]; then return; fi
+  if prompts_are_there; then return; fi
   local kind=$SOURCE_KIND
   local -a command=("$PY" "$TA_OPD_ROOT/tools/make_prompts.py" --source "$SOURCE_DATA" --output "$PROMPT_DATA" --heldout "$HELDOUT_SAMPLES"
     --heldout-output "$HELDOUT_PROMPT_DATA" --heldout-seed "$HELDOUT_SEED" --second-half)
@@ -108,8 +117,10 @@ split_prompts() { # once; the recorded indices stay what they are
 }
 
 fixed_context() {
+  local train
+  printf -v train '%q' "$TA_OPD_ROOT/scripts/train/run_opd.sh" # the command is read by a shell
   local -a command=("$PY" "$TA_OPD_ROOT/tools/run_fixed_context.py" --diag-dir "$DIAG_DIR" --student "$STUDENT_HF" --teacher "$TEACHER_MODEL"
-    --save-dir "$SAVE_DIR" --train-command "bash $TA_OPD_ROOT/scripts/train/run_opd.sh" --train-done-file "$SAVE_DIR/DONE"
+    --save-dir "$SAVE_DIR" --train-command "bash $train" --train-done-file "$SAVE_DIR/DONE"
     --bank-source "$BANK_SOURCE" --num-contexts "$NUM_CONTEXTS" --max-response-tokens "$CONTEXT_TOKENS" --seed "$SEED" --topk "$SCORE_TOPK"
     --iterations "$ITERATIONS" --bootstrap "$BOOTSTRAP" --profile "$ANALYSIS_PROFILE" --summary-name "$SUMMARY_NAME"
     --pair-id "$DIAG_NAME")
@@ -128,10 +139,13 @@ fixed_context() {
   if [[ $INPUT_KEY != prompt && $PROMPT_DATA == "$DIAG_DIR"/* ]]; then export INPUT_KEY=prompt; fi # split_prompts writes that key
   if [[ -n $LABEL_KEY && $PROMPT_DATA == "$DIAG_DIR"/* ]]; then export LABEL_KEY=label; fi
   if [[ $DRY_RUN != 0 ]]; then
-    local shown=$PROMPT_DATA
-    PROMPT_DATA=${SOURCE_DATA:-$PROMPT_DATA}
+    local shown there step
+    printf -v shown -- '--prompt-data %q ' "$PROMPT_DATA"
+    PROMPT_DATA=${SOURCE_DATA:-$PROMPT_DATA} # is there already
+    printf -v there -- '--prompt-data %q ' "$PROMPT_DATA"
     show_command "${command[@]}"
-    printf '# its training step\n%s\n' "$(bash "$TA_OPD_ROOT/scripts/train/run_opd.sh" | sed "s|--prompt-data $PROMPT_DATA |--prompt-data $shown |")"
+    step=$(bash "$TA_OPD_ROOT/scripts/train/run_opd.sh")
+    printf '# its training step\n%s\n' "${step%%"$there"*}$shown${step#*"$there"}"
     return
   fi
   exec "${command[@]}"

@@ -1,6 +1,10 @@
 """A wrong variable stops a launcher before anything starts, with its name, its value and what is expected."""
 
+import os
+import shlex
+import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -234,3 +238,35 @@ def test_numbers_with_leading_zeros_and_open_intervals():
     assert run(N="13", X="1") == ""
     assert run(N="9", X="0") == ""
     assert run(N="9", X="1e-400") == ""
+
+
+DIAGNOSTIC = "scripts/diagnostics/run_8b_to_1p7b_short.sh"
+
+
+@pytest.mark.parametrize("name", ["PROMPT_DATA", "HELDOUT_PROMPT_DATA"])
+def test_a_diagnostic_does_not_write_over_the_users_prompts(name, launch, pair_variables, place):
+    """docs/experiment_workflows.md exports PROMPT_DATA for a suite and SOURCE_DATA for a driver: the split must not replace the first."""
+    variables = pair_variables("4b_to_1p7b")
+    source = variables.pop("PROMPT_DATA")
+    done = launch(DIAGNOSTIC, DRY_RUN="1", **variables, SOURCE_DATA=source, **{name: source})
+    assert done.code == 2 and not done.out
+    assert f"error: {name}=PLACE/train.jsonl: expected the name of a new file beside SOURCE_DATA=PLACE/train.jsonl" in done.err
+    done = launch(DIAGNOSTIC, DRY_RUN="1", check=True, **variables, SOURCE_DATA=source, **{name: str(place / "new.jsonl")})
+    assert "output PLACE/new.jsonl" in done.out
+    both = {"PROMPT_DATA": source, "HELDOUT_PROMPT_DATA": str(place / "checkpoint/latest_checkpointed_iteration.txt")}
+    assert "make_prompts.py" not in launch(DIAGNOSTIC, DRY_RUN="1", check=True, **variables, SOURCE_DATA=source, **both).out
+
+
+def test_a_project_below_a_directory_with_blanks(place, pair_variables, tmp_path):
+    """The training command of a diagnostic goes through a shell, so the project's path in it must be quoted."""
+    project = tmp_path / "my project's & place"
+    shutil.copytree(ROOT / "scripts", project / "scripts")
+    (project / "slime_ta_opd").mkdir()
+    shutil.copy(ROOT / "slime_ta_opd" / "train.py", project / "slime_ta_opd")
+    variables = pair_variables("4b_to_1p7b") | {"DRY_RUN": "1", "PY": sys.executable, "OUTPUT_ROOT": str(tmp_path / "o & ut")}
+    variables["SOURCE_DATA"] = variables.pop("PROMPT_DATA")
+    done = subprocess.run(["bash", str(project / DIAGNOSTIC)], env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **variables}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert shlex.split(words[words.index("--train-command") + 1]) == ["bash", str(project / "scripts/train/run_opd.sh")]
+    assert words[words.index("--prompt-data", words.index("training")) + 1].startswith(str(tmp_path / "o & ut"))
