@@ -161,7 +161,12 @@ class SelectionConfig:
     def from_args(cls, args) -> "SelectionConfig":
         """From an argparse.Namespace (or any object) with `opd_*` attributes; missing or None attributes take the defaults."""
         given = {name: getattr(args, attribute, None) for name, attribute in _ARGUMENT.items()}
-        return cls(**{name: value for name, value in given.items() if value is not None and value != ""})
+        given = {name: value for name, value in given.items() if value is not None and value != ""}
+        if "selector_path" in given and given.get("mask", "none") != "none":
+            raise ConfigError(
+                f"two selection rules: expected opd_selector_path or opd_budget_mask, got {given['selector_path']!r} and {given['mask']!r}; leave one out"
+            )
+        return cls(**given)
 
     def resolved(self) -> dict:
         """All fields with their final values, for logs and the bank's config.json."""

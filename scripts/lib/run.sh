@@ -217,6 +217,9 @@ check_run() { # relations between variables; each error names them
 }
 
 check_pairs_of_values() { # what train.py would refuse, before a suite spends time on anything else
+  if [[ -n ${OPD_SELECTOR_PATH-} && ${OPD_BUDGET_MASK-none} != none ]]; then
+    bad OPD_SELECTOR_PATH "it to be empty beside OPD_BUDGET_MASK=$OPD_BUDGET_MASK (two rules; run_opd.sh without a mask runs your own)"
+  fi
   if [[ -n $STUDENT_TORCH_DIST && ! -f $STUDENT_TORCH_DIST/latest_checkpointed_iteration.txt ]]; then
     bad STUDENT_TORCH_DIST "a torch_dist checkpoint (with latest_checkpointed_iteration.txt); empty starts from STUDENT_HF"
   fi
@@ -239,8 +242,12 @@ check_pairs_of_values() { # what train.py would refuse, before a suite spends ti
   done
 }
 
-selection_flags() { # any of K, bank, mask switches the metrics on; 0 and empty become usable values
-  if [[ $OPD_TOPK_METRICS_K == 0 && -z $OPD_TOKEN_BANK_DIR && $OPD_BUDGET_MASK == none ]]; then return; fi
+selection_flags() { # any of K, bank, mask, own rule switches the metrics on; 0 and empty become usable values
+  if [[ $OPD_TOPK_METRICS_K == 0 && -z $OPD_TOKEN_BANK_DIR && $OPD_BUDGET_MASK == none && -z $OPD_SELECTOR_PATH ]]; then
+    if [[ $OPD_PROFILE != paper ]]; then FLAGS+=(--opd-profile "$OPD_PROFILE"); fi # it decides the loss reduction, too
+    warn_selection_is_off
+    return
+  fi
   if [[ $OPD_TOPK_METRICS_K == 0 && $OPD_TYPE == sglang ]]; then OPD_TOPK_METRICS_K=16; fi
   if [[ -z $OPD_TOKEN_BANK_DIR ]]; then OPD_TOKEN_BANK_DIR=$SAVE_DIR/token_bank; fi
   if [[ -z $OPD_TOKEN_BANK_PAIR_ID ]]; then
@@ -248,6 +255,16 @@ selection_flags() { # any of K, bank, mask switches the metrics on; 0 and empty 
     OPD_TOKEN_BANK_PAIR_ID=$(slug "$teacher")_to_$(slug "$STUDENT_HF")
   fi
   flags_from_variables @
+}
+
+warn_selection_is_off() { # variables of the selection that were set, while nothing is measured or selected
+  local name
+  for name in "${_VAR_NAMES[@]}"; do
+    case $name in OPD_BUDGET_MASK | OPD_TOPK_METRICS_K | OPD_TOKEN_BANK_DIR | OPD_PROFILE) continue ;; esac
+    if [[ ${_VAR_FLAG[$name]} == @* && ${_VAR_FROM[$name]} == user && ${!name} != "${_VAR_DEFAULT[$name]}" ]]; then
+      printf 'warning: %s=%s has no effect: nothing is selected (OPD_BUDGET_MASK=none, OPD_TOPK_METRICS_K=0, no OPD_TOKEN_BANK_DIR)\n' "$name" "${!name}" >&2
+    fi
+  done
 }
 
 slug() { # a directory name for use in file names: Qwen3-1.7B -> qwen3_1p7b

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ PLACEMENT_FLAGS = {
     "--teacher-cuda-graph-max-bs", "--sglang-mem-fraction-static", "--sglang-cuda-graph-max-bs", "--max-tokens-per-gpu",
     "--teacher-num-gpus", "--teacher-num-gpus-per-engine", "--teacher-colocate", "--colocate", "--rollout-num-gpus",
     "--rollout-num-gpus-per-engine", "--save-interval", "--use-wandb", "--wandb-project", "--rm-url",
-    "--rollout-external-engine-addrs", "--allow-teacher-change",
+    "--rollout-external-engine-addrs", "--allow-teacher-change", "--sglang-host", "--use-sglang-router", "--optimizer-cpu-offload",
 }  # fmt: skip
 PORT_VARIABLES = (
     "TEACHER_PORT", "TEACHER_NCCL_PORT", "RAY_PORT", "RAY_DASHBOARD_PORT", "RAY_OBJECT_MANAGER_PORT", "RAY_NODE_MANAGER_PORT",
@@ -62,13 +63,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a row. It is done when memory says so and all `outputs` exist."""
+    """One command of a row. It is done when memory says so and all `outputs` exist.
+
+    inputs: words of the commands that made what it reads and whose paths stay the same; when they change, it is run again.
+    """
 
     name: str
     command: tuple[str, ...]
     outputs: tuple[Path, ...]
     env: dict[str, str] = field(default_factory=dict)
     identity: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,12 +126,15 @@ def launcher(settings: Settings) -> tuple[str, ...]:
 
 
 def identity_of(dry_run_output: str) -> tuple[str, ...]:
-    """What a run computes, from the command that DRY_RUN=1 prints: its flags with values, less those of PLACEMENT_FLAGS."""
+    """What a run computes, from the command that DRY_RUN=1 prints: its flags with values, less those of PLACEMENT_FLAGS.
+
+    `train_async.py` is one of its words: one step off-policy is another result.
+    """
     words = shlex.split(dry_run_output.replace("\\\n", " "))
-    script = next((i for i, w in enumerate(words) if w.endswith("train.py")), None)
+    script = next((i for i, w in enumerate(words) if w.endswith(("train.py", "train_async.py"))), None)
     if script is None:
         raise ConfigError(f"launcher: expected a train.py command from DRY_RUN=1, got {dry_run_output!r}")
-    flags: list[list[str]] = []
+    flags: list[list[str]] = [["train_async.py"]] if words[script].endswith("train_async.py") else []
     for word in words[script + 1 :]:
         if word.startswith("--"):
             flags.append([word])
@@ -202,12 +210,13 @@ def row_steps(settings: Settings, row: Row, identity: tuple[str, ...]) -> list[S
         "--baseline-metrics", str(baseline_metrics(settings)), "--output-dir", str(row.eval_dir), "--force-convert",
         *_scoring_words(settings),
     )  # fmt: skip
+    baseline = tuple(word for step in baseline_steps(settings) for word in step.command)
     gain = row.eval_dir / "gain"
     analyse = tool(
         settings, "analyze_fixed_context_gain.py", "--input", str(metrics), "--output-dir", str(gain),
         "--bootstrap", str(settings.bootstrap), "--seed", "20260512", "--use-quadrant",
     )  # fmt: skip
-    steps.append(Step("score_after", score, (metrics,), _eval_env(settings)))
+    steps.append(Step("score_after", score, (metrics,), _eval_env(settings), inputs=baseline))
     steps.append(Step("gain", analyse, (gain / "regression_summary.csv",)))
     return steps
 

@@ -258,3 +258,9 @@ def test_identity_leaves_out_where_it_runs():
     assert plan.differences(("--lr 1",), ("--lr 2", "--trace")) == "--lr 1 -> --lr 2; --trace absent -> --trace"
     with pytest.raises(ConfigError, match="expected a train.py command"):
         plan.identity_of("python other.py")
+
+
+def test_a_suite_of_asynchronous_runs_knows_them_from_others():
+    asynchronous = plan.identity_of("python /p/train_async.py --lr 1e-6")
+    assert asynchronous == ("--lr 1e-6", "train_async.py")
+    assert "train_async.py" in plan.differences(plan.identity_of("python /p/train.py --lr 1e-6"), asynchronous)

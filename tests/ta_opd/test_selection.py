@@ -226,6 +226,8 @@ def test_config_from_arguments():
     assert config.resolved()["softor_source"] == "dlearn"
     released = SelectionConfig.from_args(types.SimpleNamespace(opd_profile="released", opd_budget_mask="tip"))
     assert (released.population, released.min_keep_rule, released.rounding) == ("all", "on_top", "float_ceil")
+    with pytest.raises(ConfigError, match="two selection rules: .*'mine.py:rule' and 'tip'"):
+        SelectionConfig.from_args(types.SimpleNamespace(opd_budget_mask="tip", opd_selector_path="mine.py:rule"))
 
 
 @pytest.mark.parametrize(
