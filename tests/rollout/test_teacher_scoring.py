@@ -145,3 +145,30 @@ def test_released_names_are_importable_without_the_stack():
         "assert not bad, bad\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_scoring_that_is_cut_off_leaves_nothing_behind():
+    """An engine that dies cancels what is being scored; the sample is given back and scored anew, with every value it needs."""
+    sample, teacher = make(), FakeModel(2)
+    windows = teacher.score_windows
+
+    async def cut_off():
+        asked = asyncio.Event()
+
+        async def never(*args, **kwargs):
+            asked.set()
+            await asyncio.Event().wait()
+
+        teacher.score_windows = never
+        task = asyncio.create_task(opd.score_sample(arguments(), sample, teacher))
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cut_off())
+    assert sample.teacher_log_probs is sample.teacher_topk is sample.teacher_at_student_ids is None
+    teacher.score_windows = windows
+    score(arguments(), sample, teacher)
+    rows = dense(2, sample.tokens)[sample.prompt_length :]
+    np.testing.assert_allclose(sample.teacher_at_student_ids, np.take_along_axis(rows, sample.student_topk.ids.astype(int), 1), atol=1e-5)

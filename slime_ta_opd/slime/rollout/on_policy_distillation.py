@@ -45,13 +45,12 @@ async def score_sample(args: Any, sample: Any, client: Any) -> None:
             sample.teacher_at_student_ids = np.zeros((0, k), np.float32)
         return
     reply = await client.score(sample.tokens, length, k, whole=getattr(args, "score_whole_sequence", False))
-    sample.teacher_log_probs = reply.log_probs
-    if k == 0:
-        return
-    sample.teacher_topk = within_vocabulary(reply.topk, vocabulary)
-    if needs_exact(args):
-        known_LK = await _ask_missing(args, sample, client, reply.url)
+    teacher_topk = within_vocabulary(reply.topk, vocabulary) if k else None
+    if k and needs_exact(args):
+        known_LK = await _ask_missing(args, sample, teacher_topk, client, reply.url)
         sample.teacher_at_student_ids = known_LK.astype(np.float32, copy=False)
+    # all at once, when nothing is waited for any more: a sample whose scoring was cut off is scored again from the start
+    sample.teacher_log_probs, sample.teacher_topk = reply.log_probs, teacher_topk
 
 
 def within_vocabulary(topk: TopK, size: int | None) -> TopK:
@@ -64,12 +63,12 @@ def within_vocabulary(topk: TopK, size: int | None) -> TopK:
     ).checked()
 
 
-async def _ask_missing(args: Any, sample: Any, client: Any, url: str) -> np.ndarray:
+async def _ask_missing(args: Any, sample: Any, teacher_topk: TopK, client: Any, url: str) -> np.ndarray:
     """[L, K] teacher log-probs at the student's top-K ids: what the first reply does not hold comes from short windows over the
     prefix that it left in the teacher's cache."""
     student_LK, prompt = sample.student_topk.ids, sample.prompt_length
     # thousands of small steps for a long response: in a thread, so that other samples' requests go out meanwhile
-    known_LK, missing_LK, windows = await asyncio.to_thread(_missing, args, sample, getattr(client, "vocab_size", None))
+    known_LK, missing_LK, windows = await asyncio.to_thread(_missing, args, student_LK, teacher_topk, getattr(client, "vocab_size", None))
 
     async def ask(part: list) -> None:
         asked = [(prompt + start, prompt + end, ids) for start, end, ids in part]
@@ -86,10 +85,9 @@ async def _ask_missing(args: Any, sample: Any, client: Any, url: str) -> np.ndar
     return known_LK
 
 
-def _missing(args: Any, sample: Any, teacher_vocabulary: int | None) -> tuple[np.ndarray, np.ndarray, list]:
+def _missing(args: Any, student_LK: np.ndarray, teacher_topk: TopK, teacher_vocabulary: int | None) -> tuple[np.ndarray, np.ndarray, list]:
     """(known log-probs [L, K], NaN where unknown; bool [L, K], where one is missing; windows (begin, end, ids) to ask for)."""
-    student_LK = sample.student_topk.ids
-    known_LK = merge_known(student_LK, sample.teacher_topk)
+    known_LK = merge_known(student_LK, teacher_topk)
     missing_LK = np.isnan(known_LK) & (student_LK != PAD_ID)
     if teacher_vocabulary is not None:
         beyond_LK = missing_LK & (student_LK >= teacher_vocabulary)
