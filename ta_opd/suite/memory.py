@@ -75,7 +75,23 @@ def _take(file: TextIO, directory: Path, patience: float, elsewhere: str) -> Non
 def _is_gone(holder: str) -> bool:
     """Whether `holder` names a process of this host that has ended."""
     found = re.fullmatch(r"process (\d+) on (\S+) since .*", holder)
-    return bool(found) and found[2] == socket.gethostname() and not Path(f"/proc/{found[1]}").exists()
+    if not found or found[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's
+    return False
+
+
+def _checked(rows: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """`rows` when it has the form of Memory.rows. Raises ValueError."""
+    steps = [step for row in rows.values() if isinstance(row, dict) for step in row.values()] if isinstance(rows, dict) else None
+    if steps is None or len(rows) > len([r for r in rows.values() if isinstance(r, dict)]) or not all(isinstance(s, dict) and "status" in s for s in steps):
+        raise ValueError(f"something else: {json.dumps(rows)[:80]}")
+    return rows
 
 
 class Memory:
@@ -87,7 +103,7 @@ class Memory:
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}
         if path.exists():
             try:
-                self.rows = json.loads(path.read_text())
+                self.rows = _checked(json.loads(path.read_text()))
             except ValueError as error:
                 raise DataError(f"{path}: expected the JSON state of a suite, got {error}; move the file away to begin anew") from None
         for steps in self.rows.values():

@@ -125,12 +125,38 @@ def launcher(settings: Settings) -> tuple[str, ...]:
     return ("bash", str(settings.root / "scripts/train/run_opd.sh"))
 
 
+def other_runs(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
+    """Those of `names` that have another student, prompt file, K or response length than `rows`; eval_dir does not tell them apart."""
+
+    def sort_of_run(name: str) -> tuple[str, str] | None:
+        found = re.fullmatch(r"(.+_budget_k\d+)_r[01]p\d+_.+_max(\d+)_.+", name)
+        return (found[1], found[2]) if found else None
+
+    ours = {sort_of_run(row.name) for row in rows}
+    return [name for name in names if sort_of_run(name) is not None and sort_of_run(name) not in ours]
+
+
+_ESCAPES = {b"a": b"\a", b"b": b"\b", b"E": b"\x1b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
+
+
+def _shell_words(text: str) -> list[str]:
+    """Words of a command as bash's %q prints them; what is not ASCII comes as $'...' in some locales."""
+
+    def octet(found: re.Match) -> bytes:
+        return bytes([int(found[1], 8)]) if found[1].isdigit() else _ESCAPES.get(found[1], found[1])
+
+    def plain(found: re.Match) -> str:
+        return shlex.quote(re.sub(rb"(?s)\\([0-7]{3}|.)", octet, found[1].encode(errors="surrogateescape")).decode(errors="surrogateescape"))
+
+    return shlex.split(re.sub(r"(?<!\S)\$'((?:[^'\\]|\\.)*)'", plain, text.replace("\\\n", " ")))
+
+
 def identity_of(dry_run_output: str) -> tuple[str, ...]:
     """What a run computes, from the command that DRY_RUN=1 prints: its flags with values, less those of PLACEMENT_FLAGS.
 
     `train_async.py` is one of its words: one step off-policy is another result.
     """
-    words = shlex.split(dry_run_output.replace("\\\n", " "))
+    words = _shell_words(dry_run_output)
     script = next((i for i, w in enumerate(words) if w.endswith(("train.py", "train_async.py"))), None)
     if script is None:
         raise ConfigError(f"launcher: expected a train.py command from DRY_RUN=1, got {dry_run_output!r}")

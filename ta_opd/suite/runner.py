@@ -111,6 +111,12 @@ class Suite:
                     f"{plan.differences(old, identities[row.name])}. FORCE=1 runs it anew (the old directory is kept under "
                     "another name); another TAG keeps both"
                 )
+        scored = [name for name, steps in memory.rows.items() if "score_after" in steps]
+        if not self.settings.skip_eval and (others := plan.other_runs(self.rows, scored)):
+            raise ConfigError(
+                f"{self.settings.directory} holds the contexts and scores of {others[0]}: expected one student, prompt file, K and response "
+                "length in a TAG; another TAG keeps both, FORCE=1 keeps the old scores under another name"
+            )
 
     def _set_aside(self, memory: mem.Memory) -> None:
         stamp = time.strftime("%Y%m%d_%H%M%S")
@@ -142,7 +148,7 @@ class Suite:
         """Ends with `done`, `skipped` (nothing was left to do), `failed` or `interrupted`."""
         ran = False
         for step in steps:
-            print_of_step = mem.fingerprint(step.identity or step.command)
+            print_of_step = mem.fingerprint(step.identity or (*step.command, *step.inputs))
             record = memory.get(name, step.name)
             if all(o.exists() for o in step.outputs):
                 if step.name == "train" and record["status"] != mem.DONE:  # finished by somebody else, or memory was lost

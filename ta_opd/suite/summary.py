@@ -101,12 +101,15 @@ def _q3_gap(path: Path) -> dict[str, Any]:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard error and 95 % t-interval over seeds for each method and budget; one seed has no interval (NaN)."""
+    """Mean, standard error and 95 % t-interval over seeds for each method and budget; one seed has no interval (NaN).
+
+    Only runs whose training finished count: what a run logged before it was stopped is in the table of runs, not in a mean.
+    """
     out = []
     for (method, mask, budget), group in table.groupby(["method", "mask", "budget_asked"], sort=False):
         line: dict[str, Any] = {"method": method, "mask": mask, "budget_asked": budget, "runs": int((group["status"] == mem.DONE).sum())}
         for name in MEANS:
-            values = pd.to_numeric(group[name], errors="coerce").dropna().to_numpy()
+            values = pd.to_numeric(group.loc[group["train_seconds"].notna(), name], errors="coerce").dropna().to_numpy()
             line[name] = values.mean() if len(values) else math.nan
             line[f"{name}_sem"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             half = stats.t.ppf(0.975, len(values) - 1) * line[f"{name}_sem"] if len(values) > 1 else math.nan
@@ -146,7 +149,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             records.append(json.loads(line))
         except ValueError:
