@@ -90,7 +90,8 @@ def flag_sections() -> Iterable[str]:
                 meaning += (" " if meaning else "") + "(" + ", ".join(map(str, action.choices)) + ")"
             yield f"| {code(name)} | {code(default_of(action))} | {meaning} |\n"
         yield "\n"
-    yield "Accepted for known command lines, without effect: " + ", ".join(map(code, ACCEPTED_ONLY)) + ".\n\n"
+    yield "Accepted for known command lines, without effect: " + ", ".join(map(code, ACCEPTED_ONLY)) + ".\n"
+    yield "A value that would ask for something else (a KL or entropy term, dropout, another reward function) is refused.\n\n"
     yield "Shape flags are checked against the model's configuration: " + ", ".join(map(code, SHAPE_FLAGS)) + ".\n"
 
 

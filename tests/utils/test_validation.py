@@ -71,6 +71,13 @@ def test_a_good_command_line_passes_and_derives_what_follows(task):
     (["--opd-type", "megatron"], "expected --opd-teacher-load"),
     (["--teacher-quantization", "fp8"], "expected a GPU and a teacher directory"),
     (["--opd-selector-path", "no.such.module:rule"], "no.such"),
+    (["--kl-loss-coef", "0.001"], "--kl-loss-coef: expected 0.0, got 0.001; there is no reference model"),
+    (["--entropy-coef", "1e-3"], "--entropy-coef: expected 0.0"),
+    (["--hidden-dropout", "0.1"], "--hidden-dropout: expected 0.0"),
+    (["--normalization", "LayerNorm"], "expected RMSNorm, got LayerNorm"),
+    (["--custom-rm-path", "my.rewards.score"], "expected slime.rollout.on_policy_distillation.reward_func or .*got my.rewards.score"),
+    (["--custom-reward-post-process-path", "my.rewards.mask"], "got my.rewards.mask; a selection rule of your own"),
+    (["--norm-epsilon", "1e-3"], "rms_norm_eps = .*, got 0.001"),
 ])  # fmt: skip
 def test_bad_flags(task, more, message):
     with pytest.raises(TaOpdError, match=message):

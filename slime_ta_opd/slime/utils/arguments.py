@@ -21,18 +21,32 @@ ACCEPTED_ONLY = {
     "--no-gradient-accumulation-fusion": 0, "--attention-softmax-in-fp32": 0,
     "--attention-dropout": 1, "--hidden-dropout": 1, "--attention-backend": 1, "--megatron-to-hf-mode": 1,
     "--qkv-format": 1, "--balance-data": 0, "--use-kl-loss": 0, "--kl-loss-coef": 1, "--kl-loss-type": 1,
-    "--entropy-coef": 1, "--expert-tensor-parallel-size": 1, "--num-gpus-per-node": 1,
+    "--entropy-coef": 1, "--num-gpus-per-node": 1,
     "--swiglu": 0, "--disable-bias-linear": 0, "--add-qkv-bias": 0, "--qk-layernorm": 0, "--group-query-attention": 0,
-    "--use-rotary-position-embeddings": 0, "--no-rope-scaling": 0, "--normalization": 1, "--norm-epsilon": 1,
+    "--use-rotary-position-embeddings": 0, "--no-rope-scaling": 0, "--normalization": 1,
     "--position-embedding-type": 1, "--untie-embeddings-and-output-weights": 0, "--sglang-enable-metrics": 0,
     "--use-dynamic-batch-size": 0, "--custom-rm-path": 1, "--custom-reward-post-process-path": 1,
     "--use-rollout-logprobs": 0,  # always so: old log-probs are those of the engine that sampled
+}  # fmt: skip
+# Those whose value would mean something: what this tree does, and what to use instead. Another value is refused.
+_ENTRY_POINTS = ("slime.rollout.on_policy_distillation", "ta_opd.slime_patch.hooks")
+ACCEPTED_VALUES = {
+    "--attention-dropout": ((0.0,), "dropout is always off: log-probs of the trainer must be those of the engines"),
+    "--hidden-dropout": ((0.0,), "dropout is always off: log-probs of the trainer must be those of the engines"),
+    "--kl-loss-coef": ((0.0,), "there is no reference model; the divergence from the teacher is weighed by --opd-kl-coef"),
+    "--entropy-coef": ((0.0,), "the loss has no entropy term"),
+    "--normalization": (("RMSNorm",), "the layers are those of Qwen and Llama models"),
+    "--position-embedding-type": (("rope",), "the layers are those of Qwen and Llama models"),
+    "--custom-rm-path": (tuple(f"{module}.reward_func" for module in _ENTRY_POINTS),
+                         "responses are scored by the teacher; answers of evaluation are checked by --rm-type"),
+    "--custom-reward-post-process-path": (tuple(f"{module}.post_process_rewards" for module in _ENTRY_POINTS),
+                                          "a selection rule of your own goes by --opd-selector-path"),
 }  # fmt: skip
 # Shape flags of MODEL_ARGS: the shape comes from the HF config; a value that disagrees with it is refused.
 SHAPE_FLAGS = {
     "--num-layers": "num_hidden_layers", "--hidden-size": "hidden_size", "--ffn-hidden-size": "intermediate_size",
     "--num-attention-heads": "num_attention_heads", "--num-query-groups": "num_key_value_heads",
-    "--vocab-size": "vocab_size", "--kv-channels": "head_dim", "--rotary-base": "rope_theta",
+    "--vocab-size": "vocab_size", "--kv-channels": "head_dim", "--rotary-base": "rope_theta", "--norm-epsilon": "rms_norm_eps",
 }  # fmt: skip
 
 
@@ -277,6 +291,7 @@ def _parallel(parser):
     g.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="PP")
     g.add_argument("--context-parallel-size", type=int, default=1, help="CP")
     g.add_argument("--expert-model-parallel-size", type=int, default=1, help="EP, for MoE models")
+    g.add_argument("--expert-tensor-parallel-size", type=int, help="TP inside the experts; default: TP")
     g.add_argument("--sequence-parallel", action="store_true", help="split activations of norms over TP")
     g.add_argument("--use-distributed-optimizer", action="store_true", help="split optimizer state over DP")
     g.add_argument("--overlap-grad-reduce", action="store_true", help="reduce gradients during the backward pass")

@@ -8,20 +8,22 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import json
+import math
 import os
 import secrets
 from pathlib import Path
 
 import torch
 
+from slime.backends.megatron_utils.hf_config import check_layout, model_shape
 from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, hide
 from slime.backends.sglang_utils.server import check_port, is_loopback
 from slime.observability.trackers import check_wandb
 from slime.rollout.data_source import PromptDataSource
 from slime.rollout.eval_sets import args_of, read_eval_sets
-from slime.utils.arguments import SHAPE_FLAGS
+from slime.utils.arguments import ACCEPTED_VALUES, SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
+from slime.utils.model_dirs import check_tokenizer_files, check_weights, read_model_config
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.selection import MASK_CHOICES, SelectionConfig
 
@@ -38,7 +40,9 @@ def validate(args: argparse.Namespace) -> argparse.Namespace:
     args.sglang_api_key = args.sglang_api_key or os.environ.get(API_KEY_VARIABLE)
     if args.sglang_api_key is None and not is_loopback(args.sglang_host):
         args.sglang_api_key = secrets.token_urlsafe(24)
+    _accepted(args)
     _models(args)
+    _numbers(args)
     _batches(args)
     _selection(args)
     _teacher(args)
@@ -51,8 +55,26 @@ def validate(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def _accepted(args):
+    """Flags that this tree accepts without a switch behind them must ask for what it does anyway."""
+    for flag, (allowed, why) in ACCEPTED_VALUES.items():
+        value = getattr(args, flag.lstrip("-").replace("-", "_"))
+        if value is None:
+            continue
+        try:
+            same = any(value == one if isinstance(one, str) else float(value) == one for one in allowed)
+        except ValueError:
+            same = False
+        if not same:
+            raise ConfigError(f"{flag}: expected {' or '.join(map(str, allowed))}, got {value}; {why}")
+
+
 def _models(args):
-    args.student_config = _hf_config(args.hf_checkpoint, "--hf-checkpoint")
+    args.student_config = read_model_config(args.hf_checkpoint, "--hf-checkpoint")
+    args.student_shape = model_shape(args.student_config, f"--hf-checkpoint {args.hf_checkpoint}")
+    check_tokenizer_files(args.hf_checkpoint, "--hf-checkpoint")
+    if not (args.load and args.rollout_external_engine_addrs):  # else nobody reads the directory's weights
+        check_weights(args.hf_checkpoint, "--hf-checkpoint")
     for flag, key in SHAPE_FLAGS.items():
         given = getattr(args, flag.lstrip("-").replace("-", "_"))
         actual = args.student_config.get(key)
@@ -67,15 +89,24 @@ def _models(args):
         args.sglang_dtype = "bfloat16" if args.bf16 else "float32"
 
 
-def _hf_config(path: str | None, flag: str) -> dict:
-    if not path:
-        raise ConfigError(f"{flag}: expected an HF model directory, got nothing")
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        raise ConfigError(f"{flag}: expected an HF model directory, got {path!r}, which does not exist")
-    if not file.is_file():
-        raise ConfigError(f"{flag}: {path!r} holds no config.json; expected an HF model directory")
-    return json.loads(file.read_text())
+AT_LEAST_ZERO = ("lr", "min_lr", "weight_decay", "clip_grad", "eps_clip", "eps_clip_high", "opd_kl_coef", "eval_temperature")
+SHARES = ("adam_beta1", "adam_beta2", "opd_jsd_beta", "opd_budget_gamma")
+FRACTIONS = ("sglang_mem_fraction_static", "teacher_mem_fraction_static")
+
+
+def _numbers(args):
+    """Numbers that argparse takes and nothing can be done with."""
+    for names, holds, expected in (
+        (AT_LEAST_ZERO, lambda v: v >= 0 and math.isfinite(v), "0 or more"),
+        (SHARES, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+        (FRACTIONS, lambda v: 0 < v < 1, "a share of the GPU's memory in (0, 1)"),
+        (("rollout_top_p", "eval_top_p"), lambda v: 0 < v <= 1, "a share in (0, 1]; 1 samples from everything"),
+        (("max_tokens_per_gpu", "micro_batch_size", "request_timeout", "teacher_timeout"), lambda v: v >= 1, "at least 1"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ConfigError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
 
 
 def _batches(args):
@@ -110,8 +141,8 @@ def _batches(args):
 def _selection(args):
     if args.opd_selector_path is None and args.opd_budget_mask not in MASK_CHOICES:
         near = difflib.get_close_matches(args.opd_budget_mask, MASK_CHOICES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"--opd-budget-mask: unknown mask {args.opd_budget_mask!r}{hint}. Known: {', '.join(MASK_CHOICES)}")
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"--opd-budget-mask: unknown mask {args.opd_budget_mask!r}{hint} Known: {', '.join(MASK_CHOICES)}")
     if not 0 < args.opd_budget_ratio <= 1:
         raise ConfigError(f"--opd-budget-ratio: expected a share in (0, 1], got {args.opd_budget_ratio} (0.10 keeps 10 %)")
     if not 0 <= args.opd_compat_prefix_ema_alpha <= 1:
@@ -165,9 +196,15 @@ def _teacher(args):
                           f"{list(args.teachers.values()) or '--opd-type megatron'}; a teacher given by URL is quantized where it is started")  # fmt: skip
     tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
     in_trainer = args.opd_teacher_hf or args.opd_teacher_load if args.opd_type == "megatron" else None
+    for name, target in args.teachers.items():
+        if isinstance(target, str):  # its server is started by this run
+            flag = f"--teacher {name}" if args.teacher else "--teacher-model"
+            read_model_config(target, flag)
+            check_tokenizer_files(target, flag)
+            check_weights(target, flag)
     directories = [d for d in [in_trainer, *args.teachers.values()] if isinstance(d, str) and (Path(d) / "config.json").is_file()]
     for directory in dict.fromkeys(directories):
-        teacher_config = _hf_config(directory, "--teacher-model")
+        teacher_config = read_model_config(directory, "--teacher-model")
         context = teacher_config.get("max_position_embeddings")
         if context and args.rollout_max_context_len and context < args.rollout_max_context_len:
             raise ConfigError(
@@ -238,6 +275,8 @@ def _layout(args):
             f"{tp} x {pp} x {cp} = {tp * pp * cp}"
         )
     args.world_size, args.data_parallel_size = world, world // (tp * pp * cp)
+    check_layout(args.student_shape, world=world, tp=tp, pp=pp, cp=cp, ep=args.expert_model_parallel_size,
+                 expert_tp=args.expert_tensor_parallel_size or tp, sequence_parallel=args.sequence_parallel)  # fmt: skip
     if args.rollout_num_gpus is None:
         args.rollout_num_gpus = args.rollout_num_gpus_per_engine
     if args.rollout_num_gpus % args.rollout_num_gpus_per_engine:
