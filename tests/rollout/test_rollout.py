@@ -236,6 +236,32 @@ def test_unfinished_responses_at_the_end_of_an_over_sampled_rollout(args, tokeni
         assert any(stale.values())
 
 
+def test_an_engine_that_is_gone_does_not_spoil_a_rollout_that_is_complete(args, tokenizer):
+    """The end of what was sampled ahead is asked of every engine; one that died in the meantime is the next call's to bring back."""
+    args.partial_rollout, args.over_sampling_batch_size, args.rollout_batch_size, args.n_samples_per_prompt = True, 6, 2, 1
+    both, source = clients(), PromptDataSource(args, tokenizer)
+    both.student.delay, abort = 0.05, both.student.abort_all
+
+    async def one_is_gone():
+        await abort()
+        raise ServiceError("student at http://gone/abort_request: connection refused")
+
+    both.student.abort_all = one_is_gone
+    assert [s.index for s in flat(generate_rollout(args, 0, source, both))] and len(source.buffer) == 4
+
+
+def broken_filter(args, samples):
+    raise ValueError("a bug of the user")
+
+
+def test_a_filter_that_fails_loses_no_group(args, tokenizer):
+    args.dynamic_sampling_filter_path = "tests.rollout.test_rollout.broken_filter"
+    source = PromptDataSource(args, tokenizer)
+    with pytest.raises(ValueError, match="a bug of the user"):
+        generate_rollout(args, 0, source, clients())
+    assert [g[0].group_index for g in source.buffer] == [0, 1, 2]
+
+
 def test_an_abort_from_elsewhere_is_gone_on_with(args, tokenizer):
     both = clients(student_hook=lambda kind, n: "abort" if n in (1, 3) else None)
     for sample in flat(generate_rollout(args, 0, PromptDataSource(args, tokenizer), both)):

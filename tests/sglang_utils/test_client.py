@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from slime.backends.sglang_utils import loop, wire
+from slime.backends.sglang_utils import loop, replicas, wire
 from slime.backends.sglang_utils.client import Clients, SGLangClient, StaleWeights, base_url
 from ta_opd.errors import ConfigError, DataError, ServiceError
 from tests.sglang_utils.fake_server import VOCAB, logprob, row
@@ -175,6 +175,50 @@ def test_concurrency_is_bounded(fake):
 
     loop.run(many())
     assert server.most_in_flight == 3
+    client.close()
+
+
+def test_an_answer_however_bad_ends_the_wait_for_a_replica(fake, monkeypatch):
+    """The limit is for the time in which nobody answers; before, it ran on from the first failure through slow bad answers."""
+    monkeypatch.setattr(replicas, "_FIRST_PAUSE", 0.01)
+    server = fake()
+    server.faults, server.delay = ["503"] * 3, 0.35
+    client = connect(server, wait_timeout=0.6)
+    assert len(loop.run(client.score(IDS, 2)).log_probs) == 2
+    assert len(server.requests) == 4
+    client.close()
+
+
+@pytest.mark.parametrize("ids", [[3, VOCAB], [10**12, 3], [3, -1]])
+def test_sampled_ids_outside_the_vocabulary_are_a_bad_answer(fake, ids):
+    bad, good = fake(), fake()
+    bad.responses_of = lambda _, n: ids
+    client = connect(bad, good)
+    reply = loop.run(client.generate(IDS, PARAMS, prefer=bad.url))
+    assert len(reply.output_ids) == 5 and len(bad.requests) == len(good.requests) == 1
+    client.close()
+
+
+@pytest.mark.parametrize("fault", [None, "503"])
+def test_an_abort_also_ends_requests_that_wait_here(fake, fault):
+    """For their turn, or to be sent again: they would be sampled to the end after it."""
+    server = fake()
+    server.faults, server.delay = [fault] if fault else [], 0.2
+    client = connect(server, max_concurrency=1)
+
+    async def ask():
+        asked = [asyncio.create_task(client.generate(IDS, PARAMS, 2)) for _ in range(6)]
+        score = asyncio.create_task(client.score(IDS, 2))
+        while not server.requests:
+            await asyncio.sleep(0.01)
+        await client.abort_all()
+        return await asyncio.gather(*asked), await score
+
+    replies, score = loop.run(ask())
+    ended = replies if fault else replies[1:]
+    assert all(r.finish_reason == "abort" and r.output_ids == [] and len(r.log_probs) == len(r.topk) == 0 for r in ended)
+    assert len(server.requests) == 2 and len(score.log_probs) == 2 and server.aborted == [None]
+    assert len(loop.run(client.generate(IDS, PARAMS)).output_ids) == 5
     client.close()
 
 

@@ -15,10 +15,11 @@ from slime.rollout.sampling import call_custom, restart, sample_response, sampli
 from slime.utils import memory
 from slime.utils.misc import load_function, load_tokenizer
 from slime.utils.types import Sample
-from ta_opd.errors import DataError, TaOpdError
+from ta_opd.errors import DataError, ServiceError, TaOpdError
 
 logger = logging.getLogger(__name__)
 _FILTER_PATIENCE = 50
+_GIVE_BACK_SECONDS, _ABORT_AGAIN_SECONDS = 30.0, 1.0
 
 
 def generate_rollout(args: Any, rollout_id: int, data_source: Any, clients: Any, evaluation: bool = False) -> list[list[Sample]]:
@@ -71,9 +72,10 @@ class _Rollout:
                             pending[asyncio.create_task(self._group(group))] = group
                     done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
-                        await task  # raises what the group raised; the group is still in `pending` then
+                        await task  # raises what the group raised; the group is still in `pending` then, as where the filter fails
+                        accepted = keep is None or _accepts(keep, args, pending[task])
                         group = pending.pop(task)
-                        if keep is None or _accepts(keep, args, group):
+                        if accepted:
                             kept.append(group)
                             continue
                         refused += 1
@@ -145,8 +147,15 @@ class _Rollout:
         if not pending:
             return
         self.stop_now = True
-        await self.clients.student.abort_all()
-        await asyncio.wait(pending, timeout=30)
+        left, deadline = set(pending), time.monotonic() + _GIVE_BACK_SECONDS
+        while left and time.monotonic() < deadline:
+            try:
+                async with asyncio.timeout(_GIVE_BACK_SECONDS / 3):
+                    await self.clients.student.abort_all()
+            except (ServiceError, TimeoutError) as problem:  # an engine that is gone: this rollout needs it no more
+                logger.warning("rollout %s: ending what is still sampled: %s", self.rollout_id, problem)
+            # once more for a request that was on its way to the server
+            _, left = await asyncio.wait(left, timeout=_ABORT_AGAIN_SECONDS)
         await self._cancel(pending)
         self._return_groups(list(pending.values()), restart_unfinished)
 

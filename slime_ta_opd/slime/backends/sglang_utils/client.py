@@ -79,6 +79,7 @@ class SGLangClient(Controls):
         self._session_loop: asyncio.AbstractEventLoop | None = None
         self._gate: asyncio.Semaphore | None = None
         self._announced = 0.0
+        self._aborts = 0  # calls of `abort_all`
 
     @classmethod
     def for_run(cls, args, urls: Sequence[str], role: str, name: str | None = None, router: str | None = None) -> SGLangClient:
@@ -143,7 +144,7 @@ class SGLangClient(Controls):
         self._check_ids(input_ids)
         payload = wire.generate_payload(input_ids, sampling_params, top_k, log_probs)
         parse = functools.partial(self._parse_generate, top_k=top_k, log_probs=log_probs)
-        return await self._request("/generate", payload, parse, prefer=prefer, key=key)
+        return await self._request("/generate", payload, parse, prefer=prefer, key=key, withdrawn=functools.partial(wire.not_sampled, top_k))
 
     async def score(
         self,
@@ -160,6 +161,12 @@ class SGLangClient(Controls):
         payload = wire.score_payload(input_ids, response_length, top_k, token_ids, whole)
         parse = functools.partial(wire.parse_score, response_length=response_length, top_k=top_k, token_ids=token_ids)
         return await self._request("/generate", payload, parse, prefer=prefer)
+
+    async def abort_all(self) -> None:
+        """Ends every running request, and every `generate` that waits here for its turn or for another replica: each returns what it has,
+        with finish_reason "abort"."""
+        self._aborts += 1
+        await super().abort_all()
 
     async def score_windows(
         self, input_ids: Sequence[int], windows: Sequence[tuple[int, int, Sequence[int]]], *, prefer: str | None = None
@@ -194,12 +201,17 @@ class SGLangClient(Controls):
             return raw.decode("utf-8", "replace")
 
     async def _request(
-        self, path: str, payload: dict, parse: Callable[[bytes], T], prefer: str | None = None, key: int | None = None
-    ) -> T:
-        """Sends until a proper reply is parsed. See the class for what bounds it."""
+        self, path: str, payload: dict, parse: Callable[[bytes], T], prefer: str | None = None, key: int | None = None,
+        withdrawn: Callable[[], T] | None = None,
+    ) -> T:  # fmt: skip
+        """Sends until a proper reply is parsed. See the class for what bounds it. withdrawn: the answer of a request that is not sent
+        (again) because of `abort_all`."""
+        aborts = self._aborts
         async with self._ensure_gate():
             away, bad_answers, last, problem = None, 0, None, "no replica is reachable"
             while True:
+                if withdrawn is not None and self._aborts != aborts:
+                    return withdrawn()
                 replica = self.replicas.pick(avoid=last, prefer=prefer or self.router, key=key)
                 if replica is None:
                     if all(r.stale for r in self.replicas.all):
@@ -220,7 +232,7 @@ class SGLangClient(Controls):
                 except (DataError, ConfigError) as error:
                     if not isinstance(error, _BadAnswer):
                         raise
-                    problem, bad_answers = f"{replica.url}: {error}", bad_answers + 1
+                    problem, bad_answers, away = f"{replica.url}: {error}", bad_answers + 1, None  # it was reached
                     if bad_answers > self.retries:
                         raise DataError(f"{self.name}: no proper answer in {bad_answers} tries; last problem: {problem}") from error
                 except StaleWeights as error:
@@ -275,9 +287,13 @@ class SGLangClient(Controls):
                 )
         return result
 
-    @staticmethod
-    def _parse_generate(raw: bytes, top_k: int, log_probs: bool) -> wire.GenerateReply:
-        return wire.parse_generate(raw, top_k, log_probs)
+    def _parse_generate(self, raw: bytes, top_k: int, log_probs: bool) -> wire.GenerateReply:
+        reply = wire.parse_generate(raw, top_k, log_probs)
+        if reply.output_ids:
+            low, high = min(reply.output_ids), max(reply.output_ids)
+            if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
+                raise DataError(f"generate: expected ids in [0, {self.vocab_size}), got {low if low < 0 else high}")
+        return reply
 
     def _check_ids(self, input_ids: Sequence[int]) -> None:
         if not len(input_ids):

@@ -145,6 +145,11 @@ def parse_generate(raw: bytes, top_k: int = 0, log_probs: bool = True) -> Genera
     )  # fmt: skip
 
 
+def not_sampled(top_k: int = 0) -> GenerateReply:
+    """The reply to a request that was taken back before a server had it."""
+    return GenerateReply([], np.empty(0, np.float32), TopK.empty(0, top_k) if top_k else None, "abort", "", "", 0)
+
+
 def _count_ids(raw: bytes) -> int:
     """Number of output_ids, from the text."""
     begin = raw.find(b'"output_ids":[')
