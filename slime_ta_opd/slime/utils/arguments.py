@@ -303,7 +303,7 @@ def _parallel(parser):
     g.add_argument("--recompute-granularity", choices=("full", "selective"), help="activations computed again in the backward pass")
     g.add_argument("--recompute-method", choices=("uniform", "block"), help="which layers --recompute-granularity full covers")
     g.add_argument("--recompute-modules", nargs="+", help="what --recompute-granularity selective covers")
-    g.add_argument("--moe-aux-loss-coeff", type=float, default=0.0, help="load balancing loss of MoE models")
+    g.add_argument("--moe-aux-loss-coeff", type=float, default=0.0, help="weight of the load-balancing loss of models with experts, a mean over the step's tokens")
     g.add_argument("--recompute-num-layers", type=int, help="layers of one recomputed block")
     g.add_argument("--bf16", action="store_true", help="default on GPU")
     g.add_argument("--fp32", action="store_true", help="default on CPU")

@@ -17,10 +17,12 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from slime.backends.megatron_utils.attention import PackedLayout
+from slime.backends.megatron_utils.balancing import BalancedRouter
 from slime.backends.megatron_utils.norms import DeferredNorm, RMSNorm
 from slime.backends.megatron_utils.recompute import unused_sum
 from slime.backends.megatron_utils.rows import gather_rows
@@ -39,6 +41,8 @@ class RowSelectingLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         if type(self.mlp) is MLP and not self.config.use_te_activation_func:
             self.mlp.__class__ = GatedMLP  # same parameters, other forward
+        if type(getattr(self.mlp, "router", None)) is TopKRouter:
+            self.mlp.router.__class__ = BalancedRouter  # same parameters, other balancing loss
         attention = self.self_attention
         if type(attention.q_layernorm) is type(attention.k_layernorm) is RMSNorm:
             attention.q_layernorm.__class__ = attention.k_layernorm.__class__ = DeferredNorm  # same parameters

@@ -19,6 +19,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from slime.backends.megatron_utils import distributed, forward, packing
+from slime.backends.megatron_utils.balancing import set_step_tokens
 from slime.backends.megatron_utils.hf_config import ModelShape
 from slime.backends.megatron_utils.losses.reduction import row_factors
 from slime.backends.megatron_utils.losses.registry import LossSpec, get_loss
@@ -75,6 +76,7 @@ class Stepper:
         if self.teacher is not None and self.loss.teacher == "hidden":
             for batch, fields in zip(batches, self.teacher(batches), strict=True):
                 batch.fields.update(fields)
+        set_step_tokens(unwrap(self.model).decoder.layers, batches)
         denominator: dict[str, float] = {}
 
         def head(batch: MicroBatch, hidden_RH: Tensor, weight_VH: Tensor) -> tuple[Tensor, dict]:
