@@ -38,11 +38,17 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def declared_variables(launcher: str) -> dict[str, str]:
-    """{name: default} of the launcher's variables, in the order of its --help; defaults may name other variables."""
+def declared_variables(launcher: str) -> tuple[dict[str, str], set[str]]:
+    """({name: default} of the launcher's variables in the order of its --help, names where empty is a choice of its own).
+
+    Defaults may name other variables. Raises ConfigError where `launcher` is a script of another kind.
+    """
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
-    listing = subprocess.run(["bash", str(ROOT / launcher), "--variables"], env=clean, capture_output=True, text=True, check=True).stdout
-    return {fields[1]: fields[3] for fields in (line.split("\t") for line in listing.splitlines()[1:])}
+    done = subprocess.run(["bash", str(ROOT / launcher), "--variables"], env=clean, capture_output=True, text=True)
+    if done.returncode or not done.stdout.startswith("about\t"):
+        raise ConfigError(f"LAUNCHER={launcher}: expected a launcher (one that answers --variables), such as scripts/train/run_opd.sh")
+    rows = [line.split("\t") for line in done.stdout.splitlines()[1:]]
+    return {row[1]: row[3] for row in rows}, {row[1] for row in rows if row[6] == "?"}
 
 
 def check_room(args: argparse.Namespace, values: dict[str, str]) -> None:
@@ -177,11 +183,12 @@ def kuberay(args: argparse.Namespace, variables: dict[str, str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    defaults = declared_variables(args.launcher)
-    variables = {name: os.environ[name] for name in defaults if os.environ.get(name) and name not in NEVER_INTO_A_JOB}
-    if args.nodes > 1:
-        variables.setdefault("ACTOR_NUM_NODES", str(args.nodes))
     try:
+        defaults, may_be_empty = declared_variables(args.launcher)
+        chosen = (name for name in defaults if os.environ.get(name) or (name in os.environ and name in may_be_empty))
+        variables = {name: os.environ[name] for name in chosen if name not in NEVER_INTO_A_JOB}
+        if args.nodes > 1:
+            variables.setdefault("ACTOR_NUM_NODES", str(args.nodes))
         if args.nodes > 1 or args.kind == "kuberay":  # on one Slurm node the launcher itself looks at its GPU ids
             check_room(args, defaults | variables)
     except ConfigError as error:
@@ -189,7 +196,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     text = (slurm if args.kind == "slurm" else kuberay)(args, variables)
     if args.output:
-        Path(args.output).write_text(text)
+        try:
+            Path(args.output).write_text(text, encoding="utf-8")
+        except OSError as error:
+            print(f"error: JOB_FILE={args.output}: expected a file that can be written, got {error.strerror}", file=sys.stderr)
+            return 2
         print(f"wrote {args.output}")
     else:
         sys.stdout.write(text)

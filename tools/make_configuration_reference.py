@@ -48,7 +48,7 @@ Launchers read environment variables (`NAME=value bash SCRIPT`, or `bash SCRIPT 
 
 
 def variables(script: str) -> tuple[str, list[list[str]]]:
-    """(what the launcher does, its variables as [group, name, type, default, meaning, flag])."""
+    """(what the launcher does, its variables as [group, name, type, default, meaning, flag, ...])."""
     words = ["bash", str(ROOT / script), "--variables"]
     out = subprocess.run(words, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True).stdout.splitlines()
     return out[0].split("\t")[1], [line.split("\t") for line in out[1:]]
@@ -69,7 +69,7 @@ def launcher_sections() -> Iterable[str]:
         with_flags = any(r[5] for r in new)
         yield "| variable | default | meaning | type |" + (" flag |" if with_flags else "") + "\n"
         yield "|---|---|---|---|" + ("---|" if with_flags else "") + "\n"
-        for _, name, kind, default, meaning, flag in new:
+        for _, name, kind, default, meaning, flag, _ in new:
             cells = [code(name), code(default), text(meaning), text(kind)] + ([code(flag)] if with_flags else [])
             yield "| " + " | ".join(cells) + " |\n"
         yield "\n"

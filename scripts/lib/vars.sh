@@ -247,13 +247,14 @@ print_help() {
   done
 }
 
-print_variables() { # for the generated reference: group, name, type, default, meaning, flag
-  local name
+print_variables() { # for other programs: group, name, type, default, meaning, flag, "?" where an empty value is another than the default
+  local name empty
   printf 'about\t%s\n' "$LAUNCHER_ABOUT"
   for name in "${_VAR_NAMES[@]}"; do
     _type_words "${_VAR_TYPE[$name]}"
-    printf '%s\t%s\t%s\t%s\t%s\t%s\n' "${_VAR_GROUP[$name]}" "$name" "$REPLY" "${_VAR_DEFAULT[$name]}" \
-      "${_VAR_HELP[$name]}" "${_VAR_FLAG[$name]#@}"
+    empty=${_VAR_TYPE[$name]##*[!?]}
+    printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "${_VAR_GROUP[$name]}" "$name" "$REPLY" "${_VAR_DEFAULT[$name]}" \
+      "${_VAR_HELP[$name]}" "${_VAR_FLAG[$name]#@}" "${_VAR_DEFAULT[$name]:+$empty}"
   done
 }
 

@@ -113,6 +113,27 @@ def test_cpu_nodes_and_a_python_of_the_job(launch):
     assert "PY=" not in launch(MAKE, NUM_NODES="1", check=True).out.replace("PY=${PY", "")
 
 
+@pytest.mark.parametrize("kind", ["slurm", "kuberay"])
+def test_an_empty_value_that_was_chosen_goes_into_the_job(kind, launch, pair_variables):
+    """RECOMPUTE_GRANULARITY= switches recomputation off; in the job its default would switch it on again."""
+    given = pair_variables("8b_to_4b") | {"RECOMPUTE_GRANULARITY": "", "OPD_TEACHER_NAME": "", "NUM_ROLLOUT": ""}
+    done = launch(MAKE, JOB_KIND=kind, NUM_NODES="2", LAUNCHER="scripts/train/run_opd.sh", check=True, **given)
+    words = shlex.split(done.out, comments=True) if kind == "slurm" else shlex.split(yaml.safe_load(done.out)["spec"]["entrypoint"])
+    assert "RECOMPUTE_GRANULARITY=" in words
+    assert not [w for w in words if w in ("OPD_TEACHER_NAME=", "NUM_ROLLOUT=", "PY=")]  # where empty is the default
+
+
+@pytest.mark.parametrize("script", ["scripts/lib/run.sh", "scripts/setup.sh"])
+def test_a_script_that_is_no_launcher_is_refused(script, launch):
+    done = launch(MAKE, LAUNCHER=script)
+    assert done.code == 2 and done.err == f"error: LAUNCHER={script}: expected a launcher (one that answers --variables), such as scripts/train/run_opd.sh\n"
+
+
+def test_a_file_that_cannot_be_written_is_said(launch):
+    done = launch(MAKE, JOB_FILE="/nowhere/job")
+    assert done.code == 2 and done.err == "error: JOB_FILE=/nowhere/job: expected a file that can be written, got No such file or directory\n"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [

@@ -39,7 +39,7 @@ def test_choices_of_the_launchers_are_those_of_train_py(launch):
 
     known = {flag: action.choices for action in build_parser()._actions for flag in action.option_strings if action.choices}
     rows = [line.split("\t") for line in launch("scripts/train/run_opd.sh", "--variables", check=True).out.splitlines()[1:]]
-    listed = {flag: kind.split(" | ") for _, _, kind, _, _, flag in rows if " | " in kind and flag in known}
+    listed = {flag: kind.split(" | ") for _, _, kind, _, _, flag, _ in rows if " | " in kind and flag in known}
     assert len(listed) > 15 and {"--opd-loss-type", "--opd-loss-reduction"} <= set(listed)
     assert {flag: set(words) for flag, words in listed.items()} == {flag: set(map(str, known[flag])) for flag in listed}
 

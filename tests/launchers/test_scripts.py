@@ -57,7 +57,7 @@ def test_help_lists_every_variable_with_default_and_meaning(name, launch):
     assert listed[0].startswith("about\t") and len(listed[0]) > 20
     assert len(listed) > 4
     for line in listed[1:]:
-        group, variable, kind, default, meaning, _flag = line.split("\t")
+        group, variable, kind, default, meaning, _flag, _empty = line.split("\t")
         assert group and kind and len(meaning) >= 5, line
         assert re.search(rf"^  {variable}={re.escape(default)}\s.*{re.escape(meaning)} \[{re.escape(kind)}\]$", shown.out, re.M), line
 
