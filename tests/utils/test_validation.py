@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -182,3 +183,73 @@ def test_parameter_count_matches_the_model(task):
     exact = sum(p.numel() for p in model.parameters())
     config = json.loads((task / "student" / "config.json").read_text())
     assert abs(count_parameters(config) - exact) / exact < 0.01
+
+
+def copied(task, tmp_path, change) -> str:
+    """A copy of the student after change(its directory)."""
+    target = tmp_path / "model"
+    shutil.copytree(task / "student", target)
+    change(target)
+    return str(target)
+
+
+def cut(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_tokenizer(model):
+    for file in model.glob("token*"):
+        file.unlink()
+
+
+def another_type(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+def lacking_a_shard(model):
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+BROKEN_MODELS = [
+    (cut, r"model.safetensors is cut off: expected [\d,]+ bytes, got [\d,]+; an interrupted download"),
+    (lambda m: (m / "model.safetensors").unlink(), "holds no weights; expected model.safetensors or"),
+    (lacking_a_shard, "lacks 1 of 2 files of weights, the first 'model-00002-of-00002.safetensors'"),
+    (lambda m: (m / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer.*git lfs pull"),
+    (lambda m: (m / "model.safetensors").write_text("<html>not found</html>"), "is not a readable safetensors file"),
+    (lambda m: (m / "model.safetensors.index.json").write_text("{}"), "is not an index of weights"),
+    (lambda m: (m / "config.json").write_text('{"model_type": '), "config.json is not JSON"),
+    (lambda m: (m / "config.json").write_text("[]"), "expected a JSON object, got list"),
+    (without_tokenizer, "holds no tokenizer"),
+]
+
+
+@pytest.mark.parametrize("flag", ["--hf-checkpoint", "--teacher-model"])
+@pytest.mark.parametrize(("change", "message"), BROKEN_MODELS)
+def test_a_model_directory_that_is_not_whole(task, tmp_path, flag, change, message):
+    with pytest.raises(TaOpdError, match=f"{flag}.*{message}"):
+        validate(parse_args(flags(task, flag, copied(task, tmp_path, change))))
+
+
+def test_a_student_of_an_unknown_type_is_refused_and_a_teacher_is_not(task, tmp_path):
+    model = copied(task, tmp_path, another_type)
+    with pytest.raises(TaOpdError, match="model_type 'gpt2' is not supported by the Megatron trainer; expected one of qwen3"):
+        validate(parse_args(flags(task, "--hf-checkpoint", model)))
+    validate(parse_args(flags(task, "--teacher-model", model)))  # SGLang knows more types than the trainer
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--lr", "-1"], "--lr: expected 0 or more, got -1"),
+    (["--lr", "nan"], "--lr: expected 0 or more, got nan"),
+    (["--adam-beta2", "98"], r"--adam-beta2: expected a number in \[0, 1\], got 98"),
+    (["--sglang-mem-fraction-static", "2"], "--sglang-mem-fraction-static: expected a share of the GPU's memory"),
+    (["--max-tokens-per-gpu", "0"], "--max-tokens-per-gpu: expected at least 1, got 0"),
+    (["--pipeline-model-parallel-size", "4", "--actor-num-gpus-per-node", "4"], "expected PP to divide the 2 layers, got PP 4"),
+    (["--tensor-model-parallel-size", "8", "--actor-num-gpus-per-node", "8"], "expected TP to divide the . attention heads"),
+])  # fmt: skip
+def test_numbers_and_layouts_that_nothing_can_be_done_with(task, more, message):
+    with pytest.raises(TaOpdError, match=message):
+        validate(parse_args(flags(task, *more)))

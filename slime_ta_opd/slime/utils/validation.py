@@ -275,7 +275,7 @@ def _layout(args):
             f"{tp} x {pp} x {cp} = {tp * pp * cp}"
         )
     args.world_size, args.data_parallel_size = world, world // (tp * pp * cp)
-    check_layout(args.student_shape, world=world, tp=tp, pp=pp, cp=cp, ep=args.expert_model_parallel_size,
+    check_layout(args.student_shape, world=world, tp=tp, pp=pp, cp=cp, ep=args.expert_model_parallel_size if args.student_shape.is_moe else 1,
                  expert_tp=args.expert_tensor_parallel_size or tp, sequence_parallel=args.sequence_parallel)  # fmt: skip
     if args.rollout_num_gpus is None:
         args.rollout_num_gpus = args.rollout_num_gpus_per_engine

@@ -9,10 +9,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ta_opd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama", "qwen3_moe": "qwen3_moe"}
 
@@ -134,6 +136,8 @@ def _rope_parameters(config: dict, where: str) -> tuple[float, dict]:
 
 def rope_inv_freq(shape: ModelShape) -> torch.Tensor:
     """Inverse frequencies, float32 [head_dim / 2], as HF computes them (llama3: Llama 3.1 wavelength blending)."""
+    import torch  # here alone, so that shapes and layouts can be looked at without it (tools/plan_run.py)
+
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
     inv_freq = 1.0 / (shape.rope_theta**exponents)
     kind = shape.rope["rope_type"]
