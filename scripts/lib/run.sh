@@ -2,6 +2,10 @@
 # What every launcher does with its variables: choose Python, print or run a command, place devices, call train.py.
 # Sourcing this file sets TA_OPD_ROOT, LAUNCHER_NAME and TIMESTAMP.
 
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then # empty arrays under set -u, associative arrays
+  printf 'error: bash %s: expected bash 4.4 or newer (on macOS: brew install bash, then call it by its path)\n' "$BASH_VERSION" >&2
+  exit 2
+fi
 set -euo pipefail
 TA_OPD_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
 LAUNCHER_NAME=${0##*/}

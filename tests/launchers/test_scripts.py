@@ -71,3 +71,16 @@ def test_no_path_of_a_machine():
 def test_nothing_of_others_is_ever_stopped():
     for name in [*scripts(), *libraries()]:
         assert not re.search(r"\b(pkill|killall|ray stop)\b", (ROOT / name).read_text()), name
+
+
+@pytest.mark.parametrize(("version", "code"), [("3 2", 2), ("4 2", 2), ("4 3", 2), ("4 4", 0), ("5 0", 0), ("10 0", 0)])
+def test_a_bash_that_is_too_old_is_said(version, code, tmp_path):
+    """macOS comes with 3.2, where the first associative array would be the error."""
+    library = tmp_path / "scripts/lib"
+    library.mkdir(parents=True)
+    (library / "run.sh").write_text((ROOT / "scripts/lib/run.sh").read_text().replace("BASH_VERSINFO", "VERSION"))
+    for name in ("vars.sh", "train_vars.sh"):
+        (library / name).write_text("")
+    done = subprocess.run(["bash", "-c", f"VERSION=({version}); source {library}/run.sh"], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert ("expected bash 4.4 or newer" in done.stderr) == bool(code)
