@@ -1,13 +1,14 @@
 """A few worker processes that stay up and run many cases as gloo ranks: importing megatron-core costs seconds, a case little.
 
 `Pool.run(name, ranks, **kwargs)` calls `mt_cases.<name>(rank, ranks, port, **kwargs)` on the first `ranks` workers and returns
-their results in rank order; an exception on any worker is raised here. The process groups of a layout are kept for the
+their results in rank order ("<module>.<name>": a case of another module); an exception on any worker is raised here. The process groups of a layout are kept for the
 next case of the same layout and destroyed before another one: every gloo group holds threads.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing as mp
 import os
 import socket
@@ -81,7 +82,8 @@ def _work(rank: int, pipe) -> None:
             os._exit(0)  # the pool is gone; gloo's threads would delay a regular exit by seconds
         try:
             mt_cases.join(rank, ranks, port, listener)
-            value = (True, getattr(mt_cases, name)(rank, ranks, port, **kwargs))
+            module, _, case = name.rpartition(".")
+            value = (True, getattr(importlib.import_module(module or "mt_cases"), case)(rank, ranks, port, **kwargs))
         except BaseException:
             value = (False, traceback.format_exc())
         mt_cases.release()

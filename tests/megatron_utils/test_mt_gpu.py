@@ -132,15 +132,15 @@ STREAMED = {
 @pytest.mark.parametrize("layout", STREAMED)
 def test_optimizer_state_in_host_memory(pool, models, layout, clip):
     """Eight steps of chunks that cut every large tensor, on three streams: each bit of the state on the device, and the device never holds it."""
-    from slime.backends.megatron_utils.host_state import staging_bytes
+    from slime.backends.megatron_utils.host_chunks import staging_bytes
 
     needs(STREAMED[layout])
     chunk = 3 * MIB
     narrow = layout == "one_bf16_gradients"
     model = models("qwen3", True, hidden_size=512, intermediate_size=2048, vocab_size=32768)
     common = dict(model=model, steps=8, lr=1e-2, clip_grad=clip, **{**dict(fp32=False, bf16=True), **STREAMED[layout]})
-    resident = pool.run("optimizer_alone", **common)
-    moved = pool.run("optimizer_alone", optimizer_cpu_offload=True, chunk_bytes=chunk, **common)
+    resident = pool.run("mt_host_cases.optimizer_alone", **common)
+    moved = pool.run("mt_host_cases.optimizer_alone", optimizer_cpu_offload=True, chunk_bytes=chunk, **common)
     for ours, theirs in zip(moved, resident, strict=True):
         np.testing.assert_allclose(ours["norms"], theirs["norms"], rtol=1e-6)
         if not narrow:

@@ -44,8 +44,8 @@ def assert_same(found: list[dict], expected: list[dict]) -> None:
 def test_every_bit_is_that_of_the_state_on_the_device(pool, models, case):
     family, layout = CASES[case]
     common = dict(model=models(family, True, intermediate_size=72), data=data(), clip_grad=0.05, lr=1e-2, **layout)
-    resident = pool.run("optimizer_state", **common)
-    moved = pool.run("optimizer_state", optimizer_cpu_offload=True, chunk_bytes=SMALL, **common)
+    resident = pool.run("mt_host_cases.optimizer_state", **common)
+    moved = pool.run("mt_host_cases.optimizer_state", optimizer_cpu_offload=True, chunk_bytes=SMALL, **common)
     assert_same(moved, resident)
     for rank in moved:
         assert min(rank["norms"]) > 0.05, "nothing was clipped"
@@ -77,8 +77,8 @@ LATER = {  # layout of the save, of the load, whether the state is on the host t
 def test_a_run_goes_on_with_the_flag_or_without(pool, models, tmp_path, case):
     source, target, before, after = LATER[case]
     common = dict(model=models("qwen3_moe" if "experts" in case else "qwen3"), data=data(), save=str(tmp_path / "run"), chunk_bytes=SMALL)
-    whole = pool.run("optimizer_state", steps=3, save_at=1, optimizer_cpu_offload=before, **common, **source)
-    again = pool.run("optimizer_state", steps=1, optimizer_cpu_offload=after, load=str(tmp_path / "run"), **common, **target)
+    whole = pool.run("mt_host_cases.optimizer_state", steps=3, save_at=1, optimizer_cpu_offload=before, **common, **source)
+    again = pool.run("mt_host_cases.optimizer_state", steps=1, optimizer_cpu_offload=after, load=str(tmp_path / "run"), **common, **target)
     assert {r["start"] for r in again} == {2} and bool(again[0]["on_host"]) == after
     assert all(held for r in again for _, held in r["on_host"])
     if source == target:
@@ -106,9 +106,9 @@ def test_a_skipped_step_and_weights_loaded_alone(pool, models, tmp_path):
     for name, expected in alone["weights"].items():
         np.testing.assert_array_equal(both["weights"][name], expected, err_msg=name)
     common = dict(model=models("qwen3"), data=data(), save=str(tmp_path / "run"), lr=1e-2, **BF16)
-    pool.run("optimizer_state", 1, steps=1, save_at=0, **common)
+    pool.run("mt_host_cases.optimizer_state", 1, steps=1, save_at=0, **common)
     resident, moved = (
-        pool.run("optimizer_state", 1, steps=1, load=str(tmp_path / "run"), no_load_optim=True, optimizer_cpu_offload=on, **common)
+        pool.run("mt_host_cases.optimizer_state", 1, steps=1, load=str(tmp_path / "run"), no_load_optim=True, optimizer_cpu_offload=on, **common)
         for on in (False, True)
     )
     assert_same(moved, resident)
@@ -255,6 +255,27 @@ def test_no_stream_runs_ahead_of_what_it_needs(monkeypatch, priority):
             assert torch.equal(piece.main.data, value) and torch.equal(model, value.bfloat16())
             for kind in host_state.MOMENTS:
                 assert torch.equal(adam.state[piece.main][kind], plain.state[value][kind])
+
+
+def test_moments_of_a_checkpoint_go_straight_to_host_memory(monkeypatch):
+    """Never where the weights are (torch's own loader puts them there first): these have no memory at all."""
+    import torch
+
+    from slime.backends.megatron_utils import host_state
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: None)
+    weights = [torch.zeros(n, device="meta") for n in (40, 7)]
+    adam = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:], "weight_decay": 0.0}], lr=1.0)
+    held = host_state.HostState(types.SimpleNamespace(optimizer=adam))
+    found = {i: {"exp_avg": torch.randn(w.shape), "exp_avg_sq": torch.rand(w.shape), "step": torch.tensor(5.0)} for i, w in enumerate(weights)}
+    groups = [{**group, "params": [i], "lr": 0.25} for i, group in enumerate(adam.param_groups)]
+    adam.load_state_dict({"state": found, "param_groups": groups})
+    for i, (weight, begin) in enumerate(zip(weights, (0, 48), strict=True)):
+        for kind in host_state.MOMENTS:
+            assert torch.equal(held.host[kind][begin : begin + weight.numel()], found[i][kind])
+            assert adam.state[weight][kind].data_ptr() == held.host[kind][begin:].data_ptr()
+    assert [float(adam.state[w]["step"]) for w in weights] == [5.0, 5.0] and adam.state[weights[0]]["step"] is not adam.state[weights[1]]["step"]
+    assert [g["lr"] for g in adam.param_groups] == [0.25, 0.25] and [g["params"][0] is w for g, w in zip(adam.param_groups, weights, strict=True)] == [True, True]
 
 
 def test_too_little_host_memory_is_refused():

@@ -243,13 +243,12 @@ def test_what_cannot_fit_is_refused_with_the_reason(rates):
 
 
 def test_the_optimizer_state_in_host_memory_leaves_the_card(rates, tool, capsys):
-    from slime.backends.megatron_utils import host_state
+    from slime.backends.megatron_utils.host_chunks import staging_bytes
 
-    assert memory.STAGING == host_state.staging_bytes()
     split = Split("colocated", Layout(dp=2), Servers(2, 1), Servers(2, 1))
     here, there = (predict(task(rates, 2, optimizer_cpu_offload=on), split) for on in (False, True))
     assert there.trainer.host == here.trainer.optimizer and here.trainer.host == 0
-    assert there.trainer.optimizer == memory.STAGING < here.trainer.optimizer
+    assert there.trainer.optimizer == staging_bytes() < here.trainer.optimizer
     moved = 12 * sum(memory.local_parameters(task(rates).student, split.trainer)) / 2
     assert there.trainer.host == pytest.approx(moved) and there.train.optimizer == pytest.approx(moved / rates["host_link_bytes"])
     assert there.seconds["train"] > here.seconds["train"] and there.bytes_by_role["trainer"] < here.bytes_by_role["trainer"]

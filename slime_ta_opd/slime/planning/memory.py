@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slime.backends.megatron_utils.host_chunks import staging_bytes
 from slime.planning.layout import Layout
 from slime.planning.models import BF16, Model
 from slime.planning.rates import Gpu, Rates
@@ -17,7 +18,6 @@ from slime.planning.workload import Workload
 
 GIB = 2.0**30
 SEQUENCES_HELD = 2  # a student engine that holds fewer whole responses is not worth starting
-STAGING = 3 * 256 * 2.0**20  # of --optimizer-cpu-offload (host_state.py); taken during the optimizer's step only, counted always
 MICRO_BATCHES = (32_768, 16_384, 8_192, 4_096)
 
 
@@ -61,7 +61,7 @@ def trainer_memory(model: Model, layout: Layout, work: Workload, rates: Rates, t
     optimizer = 12 * (dense / shard + experts / max(1.0, shard / layout.ep))
     host = 0.0
     if work.optimizer_cpu_offload:
-        optimizer, host = min(optimizer, STAGING), optimizer
+        optimizer, host = min(optimizer, staging_bytes()), optimizer  # during the optimizer's step only, counted always
     kept = s.num_layers / layout.pp * s.hidden_size * BF16 * min(layout.pp, 4)  # stages ahead hold several micro-batches
     if not work.recompute:
         kept = s.num_layers / layout.pp * rates["activation_copies"] * working_width(model) * BF16

@@ -12,6 +12,7 @@ Where the model itself is fp32, its weights are the main weights: they stay, and
 
 from __future__ import annotations
 
+import itertools
 import types
 import weakref
 from collections.abc import Iterator
@@ -26,19 +27,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 
+from slime.backends.megatron_utils.host_chunks import CHUNK_BYTES, KINDS, SLOTS, STATE_BYTES
 from ta_opd.errors import ConfigError
 
-CHUNK_BYTES = 256 * 2**20  # of state; the device holds SLOTS of them during a step
-SLOTS = 3
 ALIGN = 16  # elements: whole vectors of any processor
-KINDS = ("main", "exp_avg", "exp_avg_sq")
 MOMENTS = KINDS[1:]
-STATE_BYTES = 4 * len(KINDS)  # of one parameter
-
-
-def staging_bytes(chunk_bytes: int = CHUNK_BYTES, bf16_gradients: bool = False) -> int:
-    """Most device memory that a step takes beside weights and gradients; none between steps."""
-    return SLOTS * chunk_bytes + (chunk_bytes // len(KINDS) if bf16_gradients else 0)
 
 
 class MainWeightsOnHost(TorchFunctionMode):
@@ -88,7 +81,7 @@ class Chunk:
 
 
 class HostState:
-    """The state of one of megatron-core's optimizers over torch's AdamW; replaces its step, its norm's input and its copies.
+    """The state of one of megatron-core's optimizers over torch's AdamW; replaces its step, its loading, its norm's input and its copies.
 
     chunk_bytes: of state, at least that of ALIGN parameters. Main weights hold no values before `reload_model_params`.
     Raises ConfigError where the host has no such memory.
@@ -117,6 +110,7 @@ class HostState:
         part.prepare_grads = types.MethodType(_nothing_to_prepare, part)
         part.get_main_grads_for_grad_norm = self.gradients
         part.optimizer.step = self.step
+        part.optimizer.load_state_dict = self.load
         part._copy_main_params_to_model_params = _written_by_the_step
         if isinstance(part, DistributedOptimizer):
             part.get_parameter_state_dp_zero = types.MethodType(_gathered_on_host, part)
@@ -125,16 +119,19 @@ class HostState:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.host.values())
 
-    def adopt(self) -> None:
-        """Takes into the host buffers what the optimizer has put elsewhere while it loaded a checkpoint."""
-        for piece in self.pieces:
-            state = self.part.optimizer.state[piece.main]
+    def load(self, state: dict) -> None:
+        """Takes the place of torch's `load_state_dict`, which would first put the moments where the weights are: they go straight into the
+        host buffers. state: {"state": {number: {"exp_avg", "exp_avg_sq", "step"}}, "param_groups": [{"params": numbers, ...}]}."""
+        adam = self.part.optimizer
+        for group, given in zip(adam.param_groups, state["param_groups"], strict=True):
+            group.update({**given, "params": group["params"]})
+        numbers = itertools.chain.from_iterable(given["params"] for given in state["param_groups"])
+        for number, piece in zip(numbers, self.pieces, strict=True):
+            held, given = adam.state[piece.main], state["state"].get(number, {})
             for kind in MOMENTS:
-                view = self._view(kind, piece)
-                if state[kind].data_ptr() != view.data_ptr():
-                    view.copy_(state[kind].reshape(view.shape))
-                    state[kind] = view
-            state["step"] = torch.tensor(float(state["step"]))
+                if kind in given and given[kind].data_ptr() != held[kind].data_ptr():
+                    held[kind].copy_(given[kind].reshape(held[kind].shape))
+            held["step"] = torch.tensor(float(given.get("step", 0.0)))  # of its own: a checkpoint's is one for all
 
     def gradients(self) -> list[Tensor]:
         """What megatron-core takes the norm of: gradients without its duplicates; of a bf16 gradient its norm, [1] float32."""

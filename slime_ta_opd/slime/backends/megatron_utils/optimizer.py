@@ -74,7 +74,7 @@ class Optimizer:
                     self.host[part] = HostState(part)
                 else:
                     _create_state(part.optimizer)
-                _mend(part, self.host.get(part))
+                _mend(part, offload)
         if offload:
             self.core.reload_model_params()
         total = max(settings.total_steps, settings.lr_warmup_iters + 1)
@@ -188,8 +188,8 @@ def _own_steps(adam: torch.optim.AdamW) -> None:
         state["step"] = _step(float(state.get("step", 0.0)), p)
 
 
-def _mend(optimizer, host: HostState | None) -> None:
-    """Replaces what fails, on this optimizer only. host: where its state lives, if not on the device."""
+def _mend(optimizer, on_host: bool) -> None:
+    """Replaces what fails, on this optimizer only. on_host: its state is a HostState's, which sees to step counts itself."""
 
     def set_states(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
@@ -203,9 +203,8 @@ def _mend(optimizer, host: HostState | None) -> None:
             state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
         type(self).load_state_dict(self, state)
         _fuse(self.optimizer)  # param groups come from the checkpoint
-        _own_steps(self.optimizer)
-        if host is not None:
-            host.adopt()
+        if not on_host:
+            _own_steps(self.optimizer)
 
     optimizer.load_state_dict = types.MethodType(load_state_dict, optimizer)
     if isinstance(optimizer, DistributedOptimizer):
