@@ -2,8 +2,14 @@
 
 import pytest
 
-from slime.rollout.rm_hub import get_checker
-from ta_opd.errors import ConfigError
+from slime.rollout.rm_hub import get_checker, math_answers
+from ta_opd.errors import ConfigError, ServiceError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_child_is_left():
+    yield
+    math_answers._child.end()
 
 
 @pytest.mark.parametrize(
@@ -26,7 +32,8 @@ def test_last_number(response, label, right):
 @pytest.mark.parametrize(
     "response, label, right",
     [(r"Thus \boxed{\frac{1}{2}}.", "0.5", 1), ("The answer is 34.", "34", 1), (r"\boxed{x^2+2x+1}", "(x+1)^2", 1), (r"\boxed{35}", "34", 0),
-     ("", "34", 0), (r"\boxed{", "34", 0), (r"\boxed{34}", None, 0), (r"first \boxed{1} then \boxed{2}", "2", 1)],
+     ("", "34", 0), (r"\boxed{", "34", 0), (r"\boxed{34}", None, 0), (r"first \boxed{1} then \boxed{2}", "2", 1),
+     (r"\boxed{7}" + " and more" * 2000, "7", 1), ("text\n\ud800\n" * 900 + r"so \boxed{7}", "7", 1)],
 )  # fmt: skip
 def test_math(response, label, right):
     assert get_checker("math")(response, label, {}) == right
@@ -37,6 +44,24 @@ def test_math_in_a_thread_of_its_own():
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(get_checker("math"), r"\boxed{7}", "7", {}).result(30) == 1
+
+
+def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_checked(monkeypatch):
+    """It kept the manager of a run busy for hours, and could not be interrupted."""
+    math_answers._child.end()
+    monkeypatch.setattr(math_answers, "_CPU_SECONDS", 0.7)
+    check = get_checker("math")
+    assert check(r"so \boxed{10^{10^{10}}}", "7", {}) == 0
+    assert check(r"so \boxed{(10!)!}", "7", {}) == 0
+    assert check(r"\boxed{7}", "7", {}) == 1
+    math_answers._child.end()
+
+
+def test_math_verify_that_does_not_start(monkeypatch):
+    math_answers._child.end()
+    monkeypatch.setattr(math_answers.sys, "executable", "/bin/false")
+    with pytest.raises(ServiceError, match="math-verify did not start"):
+        get_checker("math")("7", "7", {})
 
 
 def test_own_function_and_unknown_name():
