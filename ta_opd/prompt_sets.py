@@ -45,14 +45,23 @@ def read_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
         if path.suffix in (".parquet", ".pq"):
             import pyarrow.parquet as pq
 
-            for batch in pq.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
+            try:
+                for batch in pq.ParquetFile(path).iter_batches():
+                    yield from batch.to_pylist()
+            except (OSError, ValueError) as error:  # Arrow's errors are of these kinds
+                raise DataError(f"source {path}: cannot be read as parquet ({error}); is it cut off?") from None
             continue
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"source {path}: expected UTF-8 text ({error})") from None
         if path.suffix == ".json" and text.lstrip().startswith("["):
-            yield from json.loads(text)
+            try:
+                yield from json.loads(text)
+            except ValueError as error:
+                raise DataError(f"source {path}: expected a JSON array ({error})") from None
             continue
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028 inside a text
             if line.strip():
                 try:
                     yield json.loads(line)
@@ -175,9 +184,10 @@ def write(prompts: PromptSet, path: Path, *, as_messages: bool = False) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.Table.from_pylist(rows), partial)
+        names = list(dict.fromkeys(name for row in rows for name in row))  # the first row alone would name the columns
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial)
     else:
-        with open(partial, "w") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     partial.replace(path)
 

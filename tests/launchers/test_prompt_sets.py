@@ -118,3 +118,30 @@ def test_missing_source(tmp_path):
     assert done.returncode == 2 and "which does not exist" in done.stderr
     with pytest.raises(DataError):
         list(prompt_sets.read_rows([tmp_path / "none"]))
+
+
+ODD = "one\u2028two\x85three\x0cfour"  # str.splitlines cuts at all of these; JSON lines end at \n only
+
+
+def test_prompts_with_unusual_line_separators(tmp_path):
+    from ta_opd.fixed_context.sampling import read_prompts
+
+    (tmp_path / "in.jsonl").write_text("\ufeff" + json.dumps({"prompt": ODD, "label": "1"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    prompts = prompt_sets.collect(prompt_sets.read_rows([tmp_path / "in.jsonl"]), prompt_sets.chat("prompt", "label"))
+    prompt_sets.write(prompts, tmp_path / "out.jsonl")
+    assert [p["prompt"] for p in read_prompts(tmp_path / "out.jsonl")] == [ODD]
+    assert read_prompt_file(tmp_path / "out.jsonl", input_key="prompt", label_key="label")[0][0].prompt == ODD
+
+
+def test_labels_of_later_rows_reach_parquet(tmp_path):
+    prompt_sets.write(prompt_sets.PromptSet(["a", "b"], [None, "2"]), tmp_path / "p.parquet")
+    assert pq.read_table(tmp_path / "p.parquet").to_pylist() == [{"prompt": "a", "label": None}, {"prompt": "b", "label": "2"}]
+    prompt_sets.write(prompt_sets.PromptSet(["a"], [None]), tmp_path / "q.parquet")
+    assert pq.read_table(tmp_path / "q.parquet").column_names == ["prompt"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", b"[{"), ("a.jsonl", b'{"prompt": "\xe9"}'), ("a.parquet", b"PAR1")])
+def test_sources_that_cannot_be_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"source .*{name}"):
+        list(prompt_sets.read_rows([tmp_path / name]))
