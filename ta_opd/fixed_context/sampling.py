@@ -61,7 +61,7 @@ def read_prompts(path, input_key: str = "prompt", label_key: str = "label") -> l
             raise DataError(f"prompt file {path}: cannot be read as parquet ({str(error).splitlines()[0][:160]})") from error
     else:
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines would cut at U+2028 inside a prompt
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -175,6 +175,7 @@ def _sample_local(path: str, encoded: list[list[int]], tokenizer, config: Sampli
     model = hf.CausalModel.load(path, device=device, dtype=hf.resolve_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code)
     stops = _stop_ids(model.model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops[0] if stops else 0)
+    model.model.generation_config = hf.import_transformers().GenerationConfig()  # its penalties would change the distribution
     torch.manual_seed(config.seed)
     results: list[dict | None] = [None] * len(encoded)
     # Prompts of one length go together, so that no row is padded.

@@ -12,9 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ta_opd.errors import DataError
+from ta_opd.token_bank import jsonio
 
 META_KEY = b"ta_opd"
 SUFFIXES = (".parquet", ".csv", ".jsonl")
+# Columns that are text whatever is in them: a label 007 is no 7, a prompt NA is not missing. Formats without types need to be told.
+TEXT = (
+    "source_file", "status", "prompt", "response", "label", "tokens", "response_token_ids", "loss_mask", "rollout_log_probs",
+    "teacher_log_probs", "prompt_id", "student_top_ids", "student_top_logps", "teacher_top_ids", "teacher_top_logps", "quadrant",
+)  # fmt: skip
+_MISSING = ("", "nan", "NaN", "-nan", "NA", "N/A", "<NA>", "null", "NULL", "None")
 
 
 def read_table(path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -30,9 +37,9 @@ def read_table(path, columns: list[str] | None = None) -> pd.DataFrame:
         if path.suffix == ".parquet":
             frame = pq.read_table(path, columns=columns).to_pandas()
         elif path.suffix == ".csv":
-            frame = pd.read_csv(path)
+            frame = _read_csv(path)
         else:
-            frame = pd.read_json(path, lines=True)
+            frame = _read_json_lines(path)
     except (pa.ArrowException, OSError, ValueError, pd.errors.ParserError) as error:
         raise DataError(
             f"table {path}: cannot be read as {path.suffix[1:]} ({_first_line(error)}); "
@@ -46,6 +53,24 @@ def read_table(path, columns: list[str] | None = None) -> pd.DataFrame:
     if len(frame) == 0:
         raise DataError(f"table {path}: expected at least one row, got none")
     return frame
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    columns = pd.read_csv(path, nrows=0).columns
+    missing = {name: [""] if name in TEXT else list(_MISSING) for name in columns}
+    kinds = {name: str for name in columns if name in TEXT}
+    return pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=missing)
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    """Values as they are written: no text becomes a number. A column without any value becomes NaN."""
+    with open(path, "rb") as file:
+        rows = [jsonio.loads(line) for line in file if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected one object a line")
+    frame = pd.DataFrame(rows)
+    empty = [name for name in frame if name not in TEXT and frame[name].isna().all()]
+    return frame.astype(dict.fromkeys(empty, float))
 
 
 def write_table(path, frame: pd.DataFrame, meta: dict | None = None) -> Path:
@@ -62,7 +87,8 @@ def write_table(path, frame: pd.DataFrame, meta: dict | None = None) -> Path:
     elif path.suffix == ".csv":
         frame.to_csv(partial, index=False)
     else:
-        frame.to_json(partial, orient="records", lines=True)
+        with open(partial, "wb") as file:  # every digit of a float: DataFrame.to_json keeps ten decimals
+            file.writelines(jsonio.dumps(row) + b"\n" for row in frame.astype(object).where(frame.notna(), None).to_dict("records"))
     if meta is not None and path.suffix != ".parquet":
         _sidecar(path).write_text(json.dumps(meta, indent=1) + "\n")
     partial.replace(path)
@@ -102,7 +128,7 @@ def to_markdown(frame: pd.DataFrame, digits: int = 4) -> str:
 def _cell(value, digits: int) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.{digits}g}"
-    return "" if value is None else str(value).replace("|", "\\|")
+    return "" if value is None else " ".join(str(value).splitlines()).replace("|", "\\|")
 
 
 def _plain(value):

@@ -57,3 +57,17 @@ def test_bad_options_and_prompts(models, tmp_path):
     long = [{"prompt": "w5 w6 w7", "label": None, "line": 0}]
     with pytest.raises(DataError, match="expected 1 to 2 tokens, got 3"):
         sample_bank(long, str(models["student"]), SamplingConfig(max_prompt_tokens=2))
+
+
+def test_penalties_of_the_checkpoint_do_not_change_what_is_sampled(models, tmp_path):
+    """Instruct models bring a repetition penalty in generation_config.json; the bank is of the plain distribution."""
+    import shutil
+
+    penalised = tmp_path / "student"
+    shutil.copytree(models["student"], penalised)
+    known = json.loads((penalised / "generation_config.json").read_text()) if (penalised / "generation_config.json").is_file() else {}
+    (penalised / "generation_config.json").write_text(json.dumps({**known, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_p": 0.9}))
+    prompts = read_prompts(write_prompts(tmp_path / "p.jsonl", 6))
+    config = SamplingConfig(num_contexts=6, max_response_tokens=12, seed=3)
+    plain, changed = (sample_bank(prompts, str(path), config)[0] for path in (models["student"], penalised))
+    assert changed["tokens"].tolist() == plain["tokens"].tolist()

@@ -41,3 +41,20 @@ def test_missing_file_and_missing_column(tmp_path):
 def test_markdown_escapes_and_leaves_nan_empty():
     text = to_markdown(pd.DataFrame({"name": ["a|b"], "x": [float("nan")], "y": [0.123456]}))
     assert text.splitlines()[2] == "| a\\|b |  | 0.1235 |"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_every_format_keeps_text_as_text_and_all_digits(tmp_path, suffix):
+    frame = pd.DataFrame({
+        "prompt": ["NA", "null", "a\r\nb\u2028c"], "label": ["007", "1.50", "3"], "prompt_id": ["1234567890123456", "0123", "45"],
+        "KLf_full": [1.2345678901234567e-13, 1 / 3, None], "G_KLf": [1e300, 5e-324, -2 / 3], "none": [None, None, None], "sample_index": [2**60, 1, 2],
+    })  # fmt: skip
+    back = read_table(write_table(tmp_path / f"t{suffix}", frame))
+    for name in ("prompt", "label", "prompt_id", "G_KLf", "sample_index"):
+        assert back[name].tolist() == frame[name].tolist(), name
+    assert back["KLf_full"].tolist()[:2] == frame["KLf_full"].tolist()[:2] and back["KLf_full"].isna().tolist() == [False, False, True]
+    assert back["KLf_full"].dtype == float and back["none"].isna().all()
+
+
+def test_markdown_stays_on_its_line():
+    assert to_markdown(pd.DataFrame({"prompt": ["a\nb\r\nc"]})).splitlines()[2] == "| a b c |"

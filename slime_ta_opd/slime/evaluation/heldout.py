@@ -112,7 +112,7 @@ def transformers_generator(directory: str, *, batch_size: int = 16, device: str 
         from slime.backends.sglang_utils.cpu_support import install_torchvision_schema
 
         install_torchvision_schema()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     tokenizer = load_tokenizer(directory, trust_remote_code)
     place = ("cuda:0" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -126,6 +126,7 @@ def transformers_generator(directory: str, *, batch_size: int = 16, device: str 
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    model.generation_config = GenerationConfig()  # only `settings` count: a repetition penalty of the checkpoint is not in the servers' answers
 
     @torch.inference_mode()
     def generate(prompts: Sequence[list[int]], seeds: Sequence[int], settings: Settings) -> list[Answer]:
