@@ -35,6 +35,14 @@ def token_budget(count: int, ratio: float, rounding: str) -> int:
     return max(1, exact_floor(count, ratio) if rounding == "floor" else exact_ceil(count, ratio))
 
 
+def budget_share(budget: int, share: float, rounding: str) -> int:
+    """`share` in [0, 1] of a budget to the nearest token, a half up: of 5 tokens 0.5 is 3. `float_ceil`: to even, as released (2)."""
+    share = float(share)
+    if rounding == "float_ceil":
+        return min(max(round(budget * share), 0), budget)
+    return min(math.floor(budget * (Fraction(share) + Fraction(math.ulp(share)) / 2) + Fraction(1, 2)), budget)
+
+
 def response_budgets(counts_N: np.ndarray, ratio: float, rounding: str) -> np.ndarray:
     """[N] token budgets of single responses."""
     different, where_N = np.unique(counts_N, return_inverse=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 import ta_opd.selectors  # noqa: F401  (registers the published rules)
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.ranking import ROUNDINGS, Order, Rows, exact_ceil, reserve, response_budgets, token_budget, top_up
+from ta_opd.ranking import ROUNDINGS, Order, Rows, budget_share, exact_ceil, reserve, response_budgets, token_budget, top_up
 from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, degenerate_medians
 from ta_opd.selectors.registry import (
     Batch,
@@ -283,7 +283,7 @@ def _pick(batch: Batch, rows: Rows, selector: Selector, config: SelectionConfig,
     reserved_T = keep_T.copy()
     if selector.name == "split_budget_ca":
         for span, budget in zip(spans, np.atleast_1d(room).tolist(), strict=True):
-            _split(batch, rows, config.gamma, span, int(budget), keep_T)
+            _split(batch, rows, config, span, int(budget), keep_T)
     else:
         free_C = np.flatnonzero(candidates_T & ~keep_T)
         if config.scope == "batch":
@@ -328,9 +328,9 @@ def _checked(values, T: int, name: str, what: str) -> np.ndarray:
     return values_T
 
 
-def _split(batch: Batch, rows: Rows, gamma: float, span: slice, budget: int, keep_T) -> None:
-    """round(budget * gamma) by H_norm, the rest by split_ca_score, any shortfall by ca_softor_score; what is kept already stays."""
-    entropy_share = min(max(round(budget * gamma), 0), budget)
+def _split(batch: Batch, rows: Rows, config: SelectionConfig, span: slice, budget: int, keep_T) -> None:
+    """A share gamma of the budget by H_norm, the rest by split_ca_score, any shortfall by ca_softor_score; what is kept already stays."""
+    entropy_share = budget_share(budget, config.gamma, config.rounding)
     for column, count in (("H_norm", entropy_share), ("split_ca_score", budget), ("ca_softor_score", budget)):
         free_C = np.flatnonzero(batch.valid[span] & ~keep_T[span]) + span.start
         room = budget - int(keep_T[span].sum())

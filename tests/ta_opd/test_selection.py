@@ -9,7 +9,7 @@ from method_cases import metrics_of, random_samples
 
 from benchmarks import selection_oracle as oracle
 from ta_opd.errors import ConfigError, DataError
-from ta_opd.ranking import Order, Rows, exact_ceil, reserve, token_budget
+from ta_opd.ranking import Order, Rows, budget_share, exact_ceil, reserve, token_budget
 from ta_opd.selection import (
     MASK_CHOICES,
     METHOD_ALIASES,
@@ -167,6 +167,17 @@ def test_split_budget():
     by_entropy = np.argsort(-selection.columns["H_norm"], kind="stable")[:3]
     rest = [i for i in np.argsort(-selection.columns["split_ca_score"], kind="stable") if i not in by_entropy][:7]
     assert kept(selection) == {*by_entropy.tolist(), *map(int, rest)}
+
+
+def test_shares_of_a_budget_are_rounded_half_up_and_as_released_to_even():
+    for budget, share, half_up, released in ((1, 0.5, 1, 0), (3, 0.5, 2, 2), (5, 0.5, 3, 2), (50, 0.29, 15, 14), (7, 0.0, 0, 0), (7, 1, 7, 7), (0, 0.5, 0, 0)):
+        assert budget_share(budget, share, "ceil") == half_up and budget_share(budget, share, "float_ceil") == released, (budget, share)
+    metrics = plain(10, 4)
+    for profile, by_entropy in (("paper", 3), ("released", 2)):
+        selection = select_tokens(metrics, np.ones(10), [10], SelectionConfig(mask="split_budget_ca", ratio=0.5, min_keep=0, profile=profile))
+        order = np.argsort(-selection.columns["H_norm"], kind="stable")
+        rest = [i for i in np.argsort(-selection.columns["split_ca_score"], kind="stable") if i not in order[:by_entropy]]
+        assert kept(selection) == {*order[:by_entropy].tolist(), *map(int, rest[: 5 - by_entropy])}
 
 
 def test_random_is_keyed_by_seed_and_rollout_and_grows_with_the_ratio():
