@@ -31,7 +31,7 @@ def file_kind(path: Path) -> str:
 def bank_files(directory: Path) -> list[Path]:
     """The files of a bank directory: rollout_*.csv, then rollout_*.jsonl, then *.parquet, each in order of the rollout.
 
-    Outputs of the merge tool (merged.*, and any parquet file that carries its mark) are not part of a bank. A rollout
+    Outputs of the merge tool (merged.*, any parquet file with its mark, a rollout_* file with its columns) are not part of a bank. A rollout
     that is there in several formats counts once.
     """
     found = []
@@ -50,7 +50,10 @@ def is_bank_file(path: Path) -> bool:
     """Whether a file holds rows of a bank: not its summary or config, not a hidden or a merged file."""
     if path.name.startswith(".") or path.suffix.lstrip(".") not in FORMATS or path.stem in ("merged", "summary"):
         return False
-    return path.suffix != ".parquet" or b"ta_opd.merged" not in (_open_parquet(path).schema_arrow.metadata or {})
+    if path.suffix == ".parquet":
+        return b"ta_opd.merged" not in (_open_parquet(path).schema_arrow.metadata or {})
+    # text has no mark: a merge into a file that is called like a rollout is known by its columns
+    return not path.stem.startswith("rollout_") or "source_file" not in column_names(path)
 
 
 def column_names(path: Path) -> list[str]:

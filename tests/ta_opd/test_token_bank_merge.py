@@ -59,6 +59,9 @@ def test_a_second_run_reads_neither_its_own_output_nor_another_merge(tmp_path):
     assert merge_banks([source], source / "merged.csv").rows == 10
     for _ in range(2):
         assert merge_banks([source / "*"], source / "rollout_all.parquet").rows == 10
+    for name in ("rollout_all.csv", "rollout_all.jsonl"):
+        assert merge_banks([source], source / name).rows == 10
+    assert merge_banks([source], source / "merged.parquet").rows == merge_banks([source / "*"], source / "merged.parquet").rows == 10
     assert merge_banks([tmp_path / "*" / "merged.csv"], tmp_path / "again.csv").rows == 10  # asked for by its name
     assert len(read_bank(source)) == 10
 
