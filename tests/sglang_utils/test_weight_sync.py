@@ -146,3 +146,29 @@ def test_a_group_whose_broadcast_failed_is_not_waited_for(monkeypatch):
         group.group = "the group"
         group.close(failed)
         assert done.pop() == (expected, "the group") and not done and group.group is None
+
+
+@pytest.mark.parametrize("where", ["broadcast", "is_completed", "wait"])
+def test_a_lost_peer_is_a_service_error_wherever_the_backend_tells_of_it(where):
+    """The engine is brought back and the weights are sent again for that error only; NCCL tells of it while it is asked for completion."""
+
+    class Backend:
+        def broadcast(self, tensors, options):
+            return self.tell("broadcast") or self
+
+        def is_completed(self):
+            self.tell("is_completed")
+            return where == "wait"
+
+        def wait(self):
+            self.tell("wait")
+
+        def tell(self, place):
+            if place == where:
+                raise RuntimeError("NCCL communicator was aborted on rank 0")
+
+    group = WeightGroup(SimpleNamespace(urls=[], timeout=1), 1, "nccl", "127.0.0.1", "weights")
+    group.listener.close()
+    group.group = Backend()
+    with pytest.raises(ServiceError, match="communicator was aborted"):
+        group.send(flatten(tensors(), "cpu"), None)

@@ -102,16 +102,19 @@ class WeightGroup:
         announced = asyncio.run_coroutine_threadsafe(announce(), loop.service_loop())
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        work = self.group.broadcast([bucket.tensor], options)
         pause = 0.0002
-        while not work.is_completed():
-            if announced.done() and announced.exception() is not None:
-                raise announced.exception()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
         try:
+            work = self.group.broadcast([bucket.tensor], options)
+            while not work.is_completed():
+                if announced.done() and announced.exception() is not None:
+                    raise announced.exception()
+                time.sleep(pause)
+                pause = min(2 * pause, 0.01)
             work.wait()
-        except RuntimeError as error:
+        except ServiceError:
+            raise
+        except RuntimeError as error:  # any of the three calls may tell of a lost peer
+            announced.cancel()
             raise ServiceError(f"weight sync: the broadcast to the engines failed: {error}") from error
         announced.result(self.client.timeout)
         if bucket.tensor.is_cuda:
