@@ -1,5 +1,6 @@
 """Start, watch and end of a server: with a stand-in for SGLang's command, so that this takes seconds."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from slime.backends.sglang_utils.secret import Secret
-from slime.backends.sglang_utils.server import SGLangServer, _namespace, hold_port, is_loopback
+from slime.backends.sglang_utils.server import SGLangServer, _namespace, hold_port, is_loopback, machine_address
 from slime.backends.sglang_utils.supervise import LOOKS_FOR_A_FILE, SharedMemory
 from ta_opd.errors import ConfigError, ServiceError
 
@@ -298,3 +299,29 @@ def test_who_answers_on_the_port_is_not_taken_for_the_server(server, tmp_path):
     one.port = other.port
     with pytest.raises(ServiceError, match="did not answer within 1 s"):
         one.wait_ready(1)
+
+
+@pytest.mark.parametrize("every", ["0.0.0.0", "::"])
+def test_a_server_on_every_address_is_reached_at_the_one_that_is_told(every, monkeypatch):
+    """uvicorn on "::" takes no IPv4, and a host's name is 127.0.1.1 on many machines, or unknown."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "no.such.name.invalid")
+    server = SGLangServer("m", host=every)
+    held = hold_port(every)
+    server.port = held.getsockname()[1]
+
+    async def reached():
+        listening = await asyncio.get_running_loop().create_server(asyncio.Protocol, every, server.port)
+        host, _, port = server.url.removeprefix("http://").rpartition(":")
+        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        writer.close()
+        listening.close()
+
+    try:
+        asyncio.run(reached())
+    except OSError as error:
+        if every == "::" and not os.path.exists("/proc/net/if_inet6"):
+            pytest.skip(f"no IPv6 here ({error})")
+        raise
+    finally:
+        held.close()
+    assert (":" in machine_address(every)) == (every == "::")

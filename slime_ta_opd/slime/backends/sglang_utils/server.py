@@ -46,6 +46,18 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def machine_address(every: str) -> str:
+    """An address of this machine for a server that listens on `every` one of them, "0.0.0.0" or "::": the one that packets to others leave
+    from, loopback where there is no way out. Not what the host's name stands for, which may be loopback, or of the other family."""
+    outside, loopback = (("2001:db8::1", "::1") if ":" in every else ("192.0.2.1", "127.0.0.1"))  # addresses for examples
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in every else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((outside, 9))  # sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return loopback
+
+
 def hold_port(host: str, port: int = 0) -> socket.socket:
     """A socket that is bound to `port` (0: a free one) and does not listen: until it is closed nobody gets that port by asking for a free one.
 
@@ -100,7 +112,7 @@ class SGLangServer:
     model_path: HF directory. role: a word for messages and the log. host: address to bind to; other than loopback needs an
     API key, which is made up when none is given. port: None picks a free one. device_env: environment for the server
     (for example CUDA_VISIBLE_DEVICES). extra_args: see `server_flags.server_arguments`. advertise: address that others
-    reach this machine by (default: `host`, or the machine's own address when bound to all).
+    reach this machine by (default: `host`, or `machine_address` when bound to all).
     """
 
     def __init__(
@@ -126,7 +138,7 @@ class SGLangServer:
             api_key = secrets.token_urlsafe(24)
         self.api_key = Secret(api_key) if api_key else None
         if advertise is None:
-            advertise = host if host not in ("0.0.0.0", "::") else socket.gethostbyname(socket.gethostname())
+            advertise = host if host not in ("0.0.0.0", "::") else machine_address(host)
         self.advertise = advertise
         self._process: subprocess.Popen | None = None
         self._held: socket.socket | None = None  # keeps the port until the server has it
