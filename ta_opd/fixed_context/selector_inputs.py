@@ -2,7 +2,7 @@
 
 Two sources of the quantities (all before training when `suffix` is "_base"):
 
-- `full`: full-vocabulary entropy and divergence, exact C on the student's top-K (paper, table 8).
+- `full`: full-vocabulary entropy (over the logarithm of the vocabulary) and divergence, exact C on the student's top-K (paper, table 8).
 - `online`: what the training loop would see, computed by `ta_opd.metrics` from the table's raw top-K lists.
 
 Shape suffix: T tokens, samples one after another.
@@ -84,6 +84,7 @@ def _metrics(ordered, lengths, source, support, suffix, student, teacher) -> dic
         if source == "full" or not {"Hs_topk_norm", "KLf_union", "Cmass"} <= set(metrics):
             metrics |= {name: column(full, True) for name, full in
                         (("Hs_topk_norm", "Hs_full"), ("KLf_union", "KLf_full"), ("Cmass", "Cmass_true"))}  # fmt: skip
+            metrics["Hs_topk_norm"] = metrics["Hs_topk_norm"] / np.log(_vocabulary(ordered))
         return metrics
     shared = {
         "sampled_ids": ordered["token_id"].to_numpy(), "student_logprobs": column("student_logp_sampled"),
@@ -92,6 +93,7 @@ def _metrics(ordered, lengths, source, support, suffix, student, teacher) -> dic
     if source == "full":
         exact = {key: column(name, key != "CBC") for key, name in _FULL.items()}
         exact = {key: values for key, values in exact.items() if values is not None}
+        exact["vocab_size"] = _vocabulary(ordered, student, teacher)
         return token_metrics(student, teacher, support="exact", exact=exact, **shared)
     metrics = token_metrics(student, teacher, support=support, **shared)
     mass = column("Cmass_true")
@@ -101,6 +103,11 @@ def _metrics(ordered, lengths, source, support, suffix, student, teacher) -> dic
         metrics["Cmass_true"] = mass
         metrics["Cmass"] = np.where(known, mass, metrics["Cmass"])
     return metrics
+
+
+def _vocabulary(ordered: pd.DataFrame, *sides: TopK) -> int:
+    """Size of the vocabulary as far as the ids of the table show it: entropies are divided by its logarithm."""
+    return max(2, 1 + max(int(ordered["token_id"].max()), *(int(side.ids.max(initial=0)) for side in sides), 0))
 
 
 def _topk(ordered: pd.DataFrame, side: str, suffix: str) -> TopK | None:

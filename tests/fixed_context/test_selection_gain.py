@@ -70,6 +70,15 @@ def test_masked_positions_and_rows_without_gain_are_never_chosen():
     assert inputs.response_lengths.tolist() == [24] * 40
 
 
+def test_full_entropy_is_over_the_logarithm_of_the_vocabulary():
+    """tip_q3 ranks by D * (1 - H): with H in nats it would turn around."""
+    lists = {"student_top_ids": "[5, 700, 9]", "teacher_top_ids": "[5, 999, 9]"} | dict.fromkeys(("student_top_logps", "teacher_top_logps"), "[-1, -2, -3]")
+    plain = paper_table().assign(token_id=7, Hs_full_base=np.linspace(0.1, 6, len(paper_table())))
+    for table, vocabulary in ((plain, 8), (plain.assign(**{f"{name}_base": text for name, text in lists.items()}), 1000)):
+        inputs = selector_inputs(table, source="full")
+        np.testing.assert_allclose(inputs.metrics["Hs_topk_norm"], table["Hs_full_base"].to_numpy()[inputs.rows] / np.log(vocabulary))
+
+
 def test_inputs_say_what_is_missing():
     with pytest.raises(DataError, match="no column token_id"):
         selector_inputs(paper_table().drop(columns="token_id"))
