@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -335,3 +336,19 @@ def test_nobody_waits_for_servers_that_are_gone_for_good(fake):
     with pytest.raises(ServiceError, match="every engine of this run died"):
         loop.run(ask())
     client.close()
+
+
+def test_the_teacher_is_asked_nothing_beyond_its_own_vocabulary(fake, tmp_path):
+    """Without the probe, too: an index past the last row of its embedding ends a server on a GPU."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 40}')
+    server = fake()
+    args = SimpleNamespace(
+        sglang_server_concurrency=4, teacher_concurrency=4, request_timeout=5, request_retries=1, sglang_api_key=None, teacher_timeout=5,
+        student_config={"vocab_size": VOCAB}, teachers={"small": str(tmp_path), "by_url": [server.url]},
+    )  # fmt: skip
+    clients = Clients.connect(args, [server.url], {"small": [server.url], "by_url": [server.url]})
+    assert (clients.student.vocab_size, clients.teachers["small"].vocab_size, clients.teachers["by_url"].vocab_size) == (VOCAB, 40, VOCAB)
+    with pytest.raises(DataError, match=r"outside the vocabulary \[0, 40\)"):
+        loop.run(clients.teachers["small"].score([1, 45, 2], 2))
+    assert server.requests == []
+    clients.close()

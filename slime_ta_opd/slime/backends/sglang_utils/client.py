@@ -22,6 +22,7 @@ from slime.backends.sglang_utils import loop, wire
 from slime.backends.sglang_utils.controls import Controls
 from slime.backends.sglang_utils.replicas import Replica, Replicas
 from slime.backends.sglang_utils.secret import Secret
+from slime.backends.sglang_utils.server_flags import model_config
 from ta_opd.errors import ConfigError, DataError, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -369,6 +370,9 @@ class Clients:
             name: SGLangClient.for_run(args, urls, "teacher", "teacher" if name == "default" else f"teacher {name}")
             for name, urls in teachers.items()
         }
+        for name, target in (getattr(args, "teachers", None) or {}).items():
+            if isinstance(target, str) and name in found:  # a server of this run: an id beyond its vocabulary would end it
+                found[name].vocab_size = model_config(target).get("vocab_size") or found[name].vocab_size
         return cls(SGLangClient.for_run(args, student_urls, "student", router=router), found)
 
     def teacher_of(self, metadata: dict[str, Any]) -> SGLangClient:

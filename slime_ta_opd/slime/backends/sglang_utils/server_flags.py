@@ -23,7 +23,7 @@ def server_arguments(args, role: str, model_path: str, tp: int = 1) -> list[str]
     student = role == "student"
     device = getattr(args, "device", "cpu")
     dtype = getattr(args, "sglang_dtype", None) or ("float32" if device == "cpu" else "bfloat16")
-    config = _config(model_path)
+    config = model_config(model_path)
     flags = ["--dtype", dtype, "--grammar-backend", "none", "--skip-server-warmup", "--log-level-http", "warning"]
     if not (student and getattr(args, "rollout_stop", None)):
         flags.append("--skip-tokenizer-init")  # ids in, ids out; only stop strings need text
@@ -79,6 +79,7 @@ def _has_flash_attention() -> bool:
     return any(next(Path(folder).glob("flash_ops*"), None) for folder in folders)
 
 
-def _config(model_path: str) -> dict:
+def model_config(model_path: str) -> dict:
+    """config.json of an HF directory; empty where there is none."""
     file = Path(model_path) / "config.json"
     return json.loads(file.read_text()) if file.is_file() else {}
