@@ -68,9 +68,9 @@ def build_report(directory: str | Path, output: str | Path | None = None, option
     options = options or Options()
     suite = load(directory, options.title, options.training)
     html = Path(output) if output else suite.directory / "report.html"
-    arms, styles = suite.arms, arm_styles(list(suite.arms))
-    resampler = Resampler(options.draws)
+    arms, resampler = suite.arms, Resampler(options.draws)
     outcomes = {key: outcome(runs, resampler) for key, runs in arms.items()}
+    styles = arm_styles(list(arms), outcome_figures.bold_arms(outcomes))
     vocabulary = find_vocabulary(suite, options.tokenizer)
     if vocabulary is None:
         suite.notes.append("No tokenizer.json was found, so tokens show as ids; pass --tokenizer DIR.")

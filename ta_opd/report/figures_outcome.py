@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ta_opd.report.loading import ArmKey, Run, Suite, eval_at
 from ta_opd.report.statistics import Estimate, Outcome
-from ta_opd.report.style import GRID, INK, SOFT, ArmStyle, Picture, drawing, picture, smooth
+from ta_opd.report.style import (
+    GRID,
+    INK,
+    MOST,
+    SOFT,
+    ArmStyle,
+    Picture,
+    drawing,
+    legend_below,
+    many,
+    picture,
+    rollout_axis,
+    smooth,
+)
 
 # Phases of a step that do not overlap, in order; scoring runs behind generation and is part of it.
 PHASES = (
@@ -34,6 +48,16 @@ def best_first(outcomes: dict[ArmKey, Outcome]) -> list[ArmKey]:
     return sorted(outcomes, key=lambda k: np.nan_to_num(outcomes[k].kl_after.value, nan=np.inf))
 
 
+def bold_arms(outcomes: dict[ArmKey, Outcome]) -> list[ArmKey]:
+    """The arms that get colours: all of up to MOST; of more, full OPD, TA-OPD and random (the best budget of each), then the best others."""
+    order = best_first(outcomes)
+    if len(order) <= MOST:
+        return order
+    always = [next((k for k in order if k.mask == mask), None) for mask in ("full", "dlearn_high", "random")]
+    always = [k for k in always if k is not None]
+    return always + [k for k in order if k not in always][: MOST - len(always)]
+
+
 def glance(suite: Suite, outcomes: dict[ArmKey, Outcome], styles: Styles) -> Picture | None:
     """Before and after for every arm, best on top: accuracy at the left, KL on frozen contexts at the right."""
     order = best_first(outcomes)[::-1]
@@ -45,11 +69,12 @@ def glance(suite: Suite, outcomes: dict[ArmKey, Outcome], styles: Styles) -> Pic
     teacher = suite.facts.get("teacher_accuracy")
     with drawing() as plt:
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(10.6, 0.62 * len(order) + 1.25), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}
+            1, len(panels), figsize=(10.6, (0.62 if len(order) <= 12 else 0.4) * len(order) + 1.25), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}
         )
         for ax, (before, after, title, is_accuracy) in zip(axes[0], panels, strict=True):
             for y, key in enumerate(order):
-                _before_after(ax, y, getattr(outcomes[key], before), getattr(outcomes[key], after), styles[key], is_accuracy)
+                look = replace(styles[key], color=SOFT, marker="o") if styles[key].faint else styles[key]  # a dot needs a shape that is seen
+                _before_after(ax, y, getattr(outcomes[key], before), getattr(outcomes[key], after), look, is_accuracy)
             ax.set_title(title)
             ax.set_yticks(range(len(order)), [styles[k].label for k in order])
             ax.set_ylim(-0.6, len(order) - 0.4)
@@ -68,7 +93,7 @@ def glance(suite: Suite, outcomes: dict[ArmKey, Outcome], styles: Styles) -> Pic
         sizes = _sizes(outcomes)
         return picture(
             figure, "glance", "At a glance",
-            f"Hollow: before training. Filled: after, with its 95 % interval ({sizes}). Best on top.",
+            f"Hollow: before training. Filled: after, with its 95 % interval ({sizes}). Best on top." + many(styles),
             "Dot plot. " + "; ".join(f"{styles[k].label}: accuracy {_range(outcomes[k].accuracy_after)}, frozen KL {_range(outcomes[k].kl_after)}"
                                     for k in order[::-1]),
         )  # fmt: skip
@@ -112,32 +137,32 @@ def reverse_kl(arms: Arms, styles: Styles) -> Picture | None:
     if not any(np.isfinite(run.column(columns[0][0])).any() for runs in arms.values() for run in runs):
         return None
     with drawing() as plt:
-        figure, axes = plt.subplots(1, 2, figsize=(10.6, 3.5))
+        figure, axes = plt.subplots(1, 2, figsize=(10.6, 3.8))
         for ax, (column, title) in zip(axes, columns, strict=True):
             for key, runs in arms.items():
                 for number, run in enumerate(runs):
-                    _line(ax, run, column, styles[key], styles[key].label if number == 0 else None)
+                    _line(ax, run, column, styles[key], number)
             ax.set_title(f"Reverse KL, {title}")
-            ax.set_xlabel("rollout")
+            rollout_axis(ax)
             ax.axhline(0, color=SOFT, linewidth=0.8)
             ax.set_ylabel("nats a token")
-        axes[0].legend(loc="upper right")
+        legend_below(figure, axes[0])
         rollouts = max(len(run.metrics) for runs in arms.values() for run in runs)
         return picture(
             figure, "reverse_kl", "Reverse KL over training",
             "Mean of log p(student) − log p(teacher) of the sampled tokens. Thin: every rollout; thick: moving mean. Compare methods at the "
-            f"left: the right panel averages over the tokens that each method chose. {rollouts} rollouts.",
+            f"left: the right panel averages over the tokens that each method chose. {rollouts} rollouts." + many(styles),
             "Line plot of reverse KL against rollout, one line a method.",
         )  # fmt: skip
 
 
-def _line(ax, run: Run, column: str, style: ArmStyle, label: str | None, window: int = 9) -> None:
+def _line(ax, run: Run, column: str, style: ArmStyle, number: int, window: int = 9) -> None:
     x, y = run.metrics["rollout_id"].to_numpy(float), run.column(column)
     if not np.isfinite(y).any():
         return
-    ax.plot(x, y, color=style.color, linewidth=0.6, alpha=0.3)
-    smoothed = smooth(y, min(window, max(1, len(y) // 3)))
-    ax.plot(x, smoothed, color=style.color, linestyle=style.dash, label=label, marker=style.marker, markevery=_every(len(x)), markersize=5)
+    if not style.faint:
+        ax.plot(x, y, color=style.color, linewidth=0.6, alpha=0.3)
+    ax.plot(x, smooth(y, min(window, max(1, len(y) // 3))), markevery=_every(len(x)), markersize=5, **style.line(number))
 
 
 def _every(count: int) -> int:
@@ -149,21 +174,20 @@ def accuracy_curve(arms: Arms, styles: Styles, teacher: float | None) -> Picture
     if not any(len([e for e in run.evals if "accuracy" in e]) > 2 for runs in arms.values() for run in runs):
         return None
     with drawing() as plt:
-        figure, ax = plt.subplots(figsize=(7.2, 3.5))
+        figure, ax = plt.subplots(figsize=(10.6, 3.6))
         for key, runs in arms.items():
             for number, run in enumerate(runs):
                 first = eval_at(run, "after") or eval_at(run, "before")
                 points = [(e["rollout_id"] + 1, e["accuracy"]) for e in run.evals if first and e.get("dataset") == first.get("dataset")]
                 if points:
-                    style = styles[key]
-                    ax.plot(*zip(*sorted(points), strict=True), color=style.color, linestyle=style.dash, marker=style.marker, markersize=6,
-                            label=style.label if number == 0 else None)  # fmt: skip
+                    ax.plot(*zip(*sorted(points), strict=True), markersize=6, **styles[key].line(number))
         if teacher:
             ax.axhline(teacher, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
             ax.text(0, teacher, " teacher", va="bottom", color=SOFT, fontsize=8.5)
-        ax.set(xlabel="rollouts trained on", ylabel="accuracy", ylim=(0, 1.05))
-        ax.legend(loc="lower right")
-        return picture(figure, "accuracy_curve", "Held-out accuracy over training", "Greedy answers of the student in training to the held-out prompts.",
+        rollout_axis(ax, "rollouts trained on")
+        ax.set(ylabel="accuracy", ylim=(0, 1.05))
+        legend_below(figure, ax)
+        return picture(figure, "accuracy_curve", "Held-out accuracy over training", "Answers of the student in training to the held-out prompts." + many(styles),
                        "Line plot of accuracy against rollouts.")  # fmt: skip
 
 
@@ -172,13 +196,11 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
     if not any(np.isfinite(run.column("rollout/kept_tokens")).any() for runs in arms.values() for run in runs):
         return None
     with drawing() as plt:
-        figure, axes = plt.subplots(1, 2, figsize=(10.6, 3.1), gridspec_kw={"width_ratios": (1.5, 1)})
+        figure, axes = plt.subplots(1, 2, figsize=(10.6, max(3.1, 0.27 * len(arms) + 0.8)), gridspec_kw={"width_ratios": (1.5, 1)})
         labels, shares, colors, asked = [], [], [], []
         for key, runs in arms.items():
             for number, run in enumerate(runs):
-                style = styles[key]
-                axes[0].plot(run.metrics["rollout_id"], run.column("rollout/kept_tokens"), color=style.color, linestyle=style.dash, linewidth=1.4,
-                             label=style.label if number == 0 else None)  # fmt: skip
+                axes[0].plot(run.metrics["rollout_id"], run.column("rollout/kept_tokens"), **(styles[key].line(number) | {"marker": None, "linewidth": 1.4}))
             kept, valid = (sum(np.nansum(r.column(f"rollout/{n}_tokens")) for r in runs) for n in ("kept", "valid"))
             if not valid:
                 continue
@@ -187,7 +209,8 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
             colors.append(styles[key].color)
             asked.append(key.ratio)
         valid_mean = np.nanmean([np.nanmean(r.column("rollout/valid_tokens")) for runs in arms.values() for r in runs if len(r.metrics)])
-        axes[0].set(title="Kept tokens of each rollout", xlabel="rollout", ylabel="tokens")
+        axes[0].set(title="Kept tokens of each rollout", ylabel="tokens")
+        rollout_axis(axes[0])
         axes[0].set_ylim(0, 1.15 * valid_mean)
         axes[0].axhline(valid_mean, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
         axes[0].annotate("valid tokens (mean)", (0, valid_mean), xytext=(3, -7), textcoords="offset points", va="top", fontsize=8.5, color=SOFT)
@@ -195,12 +218,15 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
         axes[1].barh(y, shares, color=colors, height=0.55)
         for place, share, wanted in zip(y, shares, asked, strict=True):
             axes[1].plot([wanted, wanted], [place - 0.36, place + 0.36], color=INK, linewidth=1.4)
-            axes[1].annotate(f"{100 * share:.1f} %", (share, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.8)
+            axes[1].annotate(f"{100 * share:.1f} %", (max(share, wanted), place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.8)
         room = 0.7 + max(0, 3 - len(y)) / 2  # one bar alone is not blown up
         axes[1].set(title="Share of valid tokens kept", xlim=(0, 1.15), ylim=(-room, len(y) - 1 + room), yticks=y, yticklabels=labels)
         axes[1].set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         axes[1].grid(axis="y", visible=False)
-        return picture(figure, "kept_tokens", "Kept tokens", "Right: bar = share really kept over the whole run, black tick = budget asked for.",
+        if len(arms) > 12:  # tall bars, beside which lines would be stretched
+            axes[0].remove()
+            axes[1].set_subplotspec(axes[1].get_gridspec()[:])
+        return picture(figure, "kept_tokens", "Kept tokens", "Bar: share really kept over the whole run, black tick: budget asked for." + many(styles),
                        "Kept tokens by rollout and share kept by method.")  # fmt: skip
 
 
@@ -215,7 +241,8 @@ def seconds(arms: Arms, styles: Styles) -> Picture | None:
         return None
     names = [label for _, label in PHASES] + ["other"]
     with drawing() as plt:
-        figure, ax = plt.subplots(figsize=(10.6, 0.55 * len(rows) + 1.3))
+        each = 0.55 if len(rows) <= 12 else 0.3  # inches a bar
+        figure, ax = plt.subplots(figsize=(10.6, each * len(rows) + 1.3))
         y = np.arange(len(rows))[::-1]
         left = np.zeros(len(rows))
         for name, color in zip(names, PHASE_COLORS, strict=True):
@@ -226,9 +253,9 @@ def seconds(arms: Arms, styles: Styles) -> Picture | None:
             left += width
         for place, total in zip(y, left, strict=True):
             ax.annotate(f"{total:.2f} s", (total, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.8)
-        ax.set(yticks=y, yticklabels=[name for name, _ in rows], xlabel="mean seconds a step", xlim=(0, left.max() * 1.1))
+        ax.set(yticks=y, yticklabels=[name for name, _ in rows], xlabel="mean seconds a step", xlim=(0, left.max() * 1.1), ylim=(-0.6, len(rows) - 0.4))
         ax.grid(axis="y", visible=False)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.45, 1.0 + 0.34 / (0.55 * len(rows) / 2 + 0.3)), ncols=len(names), columnspacing=1.1, handlelength=1.1)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(names), columnspacing=1.1, handlelength=1.1)
         return picture(figure, "seconds", "Seconds by phase",
                        "Mean over rollouts, the first one left out (it warms up). Evaluations and checkpoints are spread over all steps. "
                        "Selection saves supervision, not sampling or attention: dropping tokens from the loss leaves most phases as they are.",

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ta_opd.report.figures_outcome import Styles
 from ta_opd.report.loading import ArmKey, BankSample, Suite
-from ta_opd.report.style import INK, SOFT, Picture, drawing, picture
+from ta_opd.report.style import INK, SOFT, Picture, drawing, legend_below, many, picture
 from ta_opd.report.vocabulary import KINDS, Vocabulary, kinds_in_context
 
 Samples = Mapping[ArmKey, BankSample]
@@ -36,7 +36,7 @@ def plane(samples: Samples, styles: Styles) -> Picture | None:
     if not usable:
         return None
     selecting = [k for k in usable if k.mask != "full"]
-    shown = selecting[:5]
+    shown = [k for k in selecting if not styles[k].faint][:5]
     first = next((k for k in usable if k.mask == "full"), next(iter(usable)))
     with drawing() as plt:
         panels = 1 + len(shown)
@@ -62,9 +62,15 @@ def plane(samples: Samples, styles: Styles) -> Picture | None:
         return picture(
             figure, "plane", "Entropy–divergence plane, coloured by compatibility",
             "Each square: the tokens in that bin, its size their number (logarithmic), its colour their mean C. Lines: medians of all valid tokens, "
-            f"which cut the four quadrants. {_spread_of_c(usable[first].table)}{usable[first].caption}.",
+            f"which cut the four quadrants. {_spread_of_c(usable[first].table)}{usable[first].caption}.{_left_out(selecting, shown)}",
             "Binned scatter of entropy against divergence, coloured by compatibility, one panel a method.",
         )  # fmt: skip
+
+
+def _left_out(selecting: list[ArmKey], shown: list[ArmKey]) -> str:
+    """The sentence of a caption for the methods that a picture has no room for."""
+    rest = len(selecting) - len(shown)
+    return f" {rest} further method{'s are' if rest > 1 else ' is'} not shown." if rest else ""
 
 
 def _spread_of_c(table: pd.DataFrame) -> str:
@@ -107,23 +113,22 @@ def positions(samples: Samples, styles: Styles) -> Picture | None:
         return None
     edges = np.linspace(0, 1, POSITION_BINS + 1)
     with drawing() as plt:
-        figure, ax = plt.subplots(figsize=(10.6, 3.1))
+        figure, ax = plt.subplots(figsize=(10.6, 3.5))
         for key, sample in selecting.items():
             table = sample.table
             valid, kept = valid_rows(table), kept_rows(table)
             place = np.minimum((table["pos_norm"].to_numpy(float) * POSITION_BINS).astype(int), POSITION_BINS - 1)
             total = np.bincount(place[valid], minlength=POSITION_BINS)
             share = np.bincount(place[kept], minlength=POSITION_BINS) / np.maximum(total, 1)
-            style = styles[key]
-            ax.plot((edges[:-1] + edges[1:]) / 2, share, color=style.color, linestyle=style.dash, marker=style.marker, markersize=6, label=style.label)
+            ax.plot((edges[:-1] + edges[1:]) / 2, share, markersize=6, **styles[key].line())
         for ratio in sorted({k.ratio for k in selecting}):
             ax.axhline(ratio, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
             ax.text(1.0, ratio, "budget", ha="right", va="bottom", fontsize=8.5, color=SOFT)
         ax.set(xlabel="position in the response (0 = first token, 1 = last)", ylabel="share of valid tokens kept", xlim=(0, 1), ylim=(0, None))
         ax.set_yticks(ax.get_yticks(), [f"{100 * t:.3g} %" for t in ax.get_yticks()])
-        ax.legend()
+        legend_below(figure, ax)
         some = next(iter(selecting.values()))
-        return picture(figure, "positions", "Where in the response kept tokens sit", f"Tenths of each response. {some.caption} a method.",
+        return picture(figure, "positions", "Where in the response kept tokens sit", f"Tenths of each response. {some.caption} a method.{many(styles)}",
                        "Share of tokens kept against position, one line a method.")  # fmt: skip
 
 
@@ -157,9 +162,10 @@ def token_kinds(table: pd.DataFrame, samples: Samples, styles: Styles) -> Pictur
     first = table[table["method"] == next(iter(samples)).label].set_index("kind")["share_of_valid"]
     kinds = [k for k in KINDS if k in first.index and first[k] >= 0.002]
     with drawing() as plt:
-        figure, ax = plt.subplots(figsize=(10.6, 3.3))
+        figure, ax = plt.subplots(figsize=(10.6, 3.6))
         groups = [("all valid tokens", "#d8dee4", [first[k] for k in kinds])]
-        for key in selecting[:6]:
+        told = [k for k in selecting if not styles[k].faint][:6]
+        for key in told:
             own = table[table["method"] == key.label].set_index("kind")["share_of_kept"]
             groups.append((styles[key].label, styles[key].color, [own.get(k, 0.0) for k in kinds]))
         width = 0.82 / len(groups)
@@ -170,12 +176,12 @@ def token_kinds(table: pd.DataFrame, samples: Samples, styles: Styles) -> Pictur
         ax.set_yticks(ax.get_yticks(), [f"{100 * t:.3g} %" for t in ax.get_yticks()])
         ax.set(ylabel="share of tokens")
         ax.grid(axis="x", visible=False)
-        ax.legend(ncols=min(3, len(groups)))
+        legend_below(figure, ax)
         some = samples[selecting[0]]
         return picture(
             figure, "token_kinds", "What kinds of token were kept",
             "Grey: all valid tokens. Coloured: the tokens each method kept. “result” is a digit after an equals sign. "
-            f"{some.caption} a method.",
+            f"{some.caption} a method.{_left_out(selecting, told)}",
             "Grouped bars of token kinds among valid and kept tokens.",
         )  # fmt: skip
 
@@ -185,7 +191,7 @@ def response_strip(samples: Samples, styles: Styles, vocabulary: Vocabulary | No
     from matplotlib import colormaps
     from matplotlib.patches import FancyBboxPatch, Rectangle
 
-    selecting = [k for k in samples if k.mask != "full"][:6]
+    selecting = [k for k in samples if k.mask != "full" and not styles[k].faint][:6]
     if not selecting or vocabulary is None:
         return None
     chosen = _telling_response(samples[selecting[0]].table)
@@ -268,9 +274,12 @@ def quadrant_gain(suite: Suite, styles: Styles) -> Picture | None:
     if not rows:
         return None
     names = list(dict.fromkeys(name for _, name, _, _ in rows))
-    keys = list(dict.fromkeys(key for key, _, _, _ in rows))
+    keys = [key for key in dict.fromkeys(key for key, _, _, _ in rows) if not styles[key].faint]
+    rest = len(dict.fromkeys(key for key, _, _, _ in rows)) - len(keys)
+    if not keys:
+        return None
     with drawing() as plt:
-        figure, ax = plt.subplots(figsize=(10.6, 3.3))
+        figure, ax = plt.subplots(figsize=(10.6, 3.7))
         for i, key in enumerate(keys):
             for own, name, mean, _ in rows:
                 if own == key:
@@ -284,11 +293,12 @@ def quadrant_gain(suite: Suite, styles: Styles) -> Picture | None:
         ax.set_xticks(range(len(names)), [f"{name}\nn = {counts.get(name, 0):,}" for name in names])
         ax.set(ylabel="gain, nats a token")
         ax.grid(axis="x", visible=False)
-        ax.legend(ncols=2)
+        legend_below(figure, ax)
         return picture(
             figure, "quadrant_gain", "Gain on frozen contexts by quadrant",
             "Gain = KL(teacher ‖ student) before − after on the same contexts (full vocabulary); quadrants cut at the medians before training. "
-            "Bars: 95 % intervals over prompts; n: positions of the first method, those of all its seeds together.",
+            "Bars: 95 % intervals over prompts; n: positions of the first method, those of all its seeds together."
+            + (f" {rest} further methods are not shown." if rest else ""),
             "Gain by quadrant and method with intervals.",
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ta_opd.report.loading import ArmKey, BankSample, Run, eval_at
-from ta_opd.report.style import SOFT, Picture, drawing, picture, smooth
+from ta_opd.report.style import SOFT, Picture, drawing, legend_below, many, picture, rollout_axis, smooth
 
 NGRAM = 4
 WINDOW = 0.1  # share of rollouts that "start" and "end" mean
@@ -103,19 +103,19 @@ def curves(arms, samples, styles) -> Picture | None:
         return None
     panels = [("response length, tokens", "rollout/response_length"), ("truncated responses", "rollout/truncated")]
     with drawing() as plt:
-        figure, axes = plt.subplots(1, 4, figsize=(10.6, 2.7))
+        figure, axes = plt.subplots(1, 4, figsize=(10.6, 2.9))
         for ax, (title, column) in zip(axes, panels, strict=False):
             for key, runs in arms.items():
                 for run in runs:
                     y = run.column(column)
                     if np.isfinite(y).any():
-                        ax.plot(run.metrics["rollout_id"], smooth(y, min(9, max(1, len(y) // 3))), color=styles[key].color, linestyle=styles[key].dash)
+                        ax.plot(run.metrics["rollout_id"], smooth(y, min(9, max(1, len(y) // 3))), **(styles[key].line() | {"marker": None}))
             ax.set_title(title, fontsize=9.3)
         for key, sample in samples.items():
             h = entropies(sample.table)
             again = repetition(sample.table)
-            style = {"color": styles[key].color, "linestyle": styles[key].dash, "marker": styles[key].marker, "markersize": 3.5}
-            axes[2].plot(h.index, h["Hs_topk"], label=styles[key].label, **style)
+            style = styles[key].line() | {"markersize": 3.5}
+            axes[2].plot(h.index, h["Hs_topk"], **style)
             axes[3].plot(again.index, again.to_numpy(), **style)
         if samples:
             h = entropies(next(iter(samples.values())).table)
@@ -123,9 +123,9 @@ def curves(arms, samples, styles) -> Picture | None:
         axes[2].set_title("mean entropy (top-K), nats", fontsize=9.3)
         axes[3].set_title(f"repeated {NGRAM}-grams", fontsize=9.3)
         for ax in axes:
-            ax.set_xlabel("rollout")
+            rollout_axis(ax)
             ax.set_ylim(0, max(ax.get_ylim()[1] * 1.05, 0.01))
-        figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(samples) + 1))
+        legend_below(figure, axes[2], columns=5)
         return picture(figure, "health", "Signs of collapse",
                        "Moving means at the left; sampled rollouts of the token bank at the right. A student that only learns to be short, "
-                       "certain or repetitive can still show a small divergence.", "Four line plots over training, one line a method.")  # fmt: skip
+                       "certain or repetitive can still show a small divergence." + many(styles), "Four line plots over training, one line a method.")  # fmt: skip

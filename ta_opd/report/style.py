@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ta_opd.report.loading import ArmKey
 
-INK, SOFT, GRID = "#1b1f24", "#57606a", "#d8dee4"
+INK, SOFT, GRID, FAINT = "#1b1f24", "#57606a", "#d8dee4", "#b4bdc6"
+MOST = 8  # arms that one picture tells apart by colour
 # Told apart with every common colour blindness; markers and line styles say the same again.
 _FIXED = {
     "full": ("#1b1f24", "o"), "dlearn_high": ("#d55e00", "s"), "entropy": ("#0072b2", "^"), "random": ("#8c959f", "X"),
@@ -24,18 +25,28 @@ _DASHES = ("-", (0, (5, 2)), (0, (2, 1.4)), (0, (6, 2, 1, 2)))
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """Look of one arm. dash tells budgets of one mask apart."""
+    """Look of one arm. dash tells budgets of one mask apart; faint: one of many, grey and without a place in legends."""
 
     label: str
     color: str
     marker: str
     dash: object
+    faint: bool = False
+
+    def line(self, number: int = 0) -> dict:
+        """Keywords of matplotlib's plot for run `number` of the arm: the first run stands in the legend; faint lines lie below the others."""
+        label = None if self.faint or number else self.label
+        look = {"color": self.color, "linestyle": self.dash, "marker": self.marker, "label": label, "zorder": 2 if self.faint else 3}
+        return look | ({"linewidth": 0.9} if self.faint else {})
 
 
-def arm_styles(keys: Sequence[ArmKey]) -> dict[ArmKey, ArmStyle]:
-    """A style for each arm: the mask decides hue and marker, further budgets of it are lighter and dashed."""
+def arm_styles(keys: Sequence[ArmKey], bold: Sequence[ArmKey] | None = None) -> dict[ArmKey, ArmStyle]:
+    """A style for each arm: the mask decides hue and marker, further budgets of it are lighter and dashed. Arms outside `bold` are faint."""
     spare, by_mask, seen, styles = list(_SPARE), dict(_FIXED), {}, {}
     for key in keys:
+        if bold is not None and key not in bold:
+            styles[key] = ArmStyle(key.label, FAINT, "None", "-", True)
+            continue
         if key.mask not in by_mask:
             by_mask[key.mask] = spare[len(by_mask) % len(spare)]
         color, marker = by_mask[key.mask]
@@ -64,7 +75,7 @@ def drawing():
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True,
         "grid.color": GRID, "grid.linewidth": 0.7, "text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK,
         "ytick.labelcolor": INK, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.7, "figure.constrained_layout.use": True,
-        "svg.fonttype": "path", "svg.hashsalt": "ta-opd", "savefig.facecolor": "white",
+        "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "ta-opd", "savefig.facecolor": "white",
     }  # fmt: skip
     with plt.rc_context(settings):
         yield plt
@@ -114,6 +125,28 @@ def _responsive(tag: str, alt: str) -> str:
 
     tag = re.sub(r' (?:width|height)="[^"]*"', "", tag)
     return tag[:-1] + f' role="img" aria-label="{escape(alt, quote=True)}">'
+
+
+def legend_below(figure, axes, *, columns: int = 4) -> None:
+    """One legend for all panels under them, where it hides no line however many arms there are."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def rollout_axis(ax, label: str = "rollout") -> None:
+    """A horizontal axis of rollouts: whole numbers only, also where there are two of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+
+
+def many(styles: dict) -> str:
+    """What a caption adds where not every arm has a colour of its own."""
+    faint = sum(s.faint for s in styles.values())
+    told = "the best ones, full OPD, TA-OPD and random where they were run"
+    return f" Coloured: {told}; grey: the other {faint} of {len(styles)} methods." if faint else ""
 
 
 def sentence(text: str) -> str:

@@ -12,6 +12,7 @@ from ta_opd.fixed_context.tables import to_markdown
 from ta_opd.report.figures_outcome import best_first, by_accuracy
 from ta_opd.report.loading import ArmKey, Run, Suite
 from ta_opd.report.statistics import Estimate, Outcome, difference
+from ta_opd.report.style import MOST
 
 FULL = ArmKey("full", 1.0)
 ON_PAGE = {
@@ -20,6 +21,7 @@ ON_PAGE = {
     "kl_drop": "KL cut", "reverse_kl_last": "reverse KL at the end", "seconds": "seconds",
 }  # fmt: skip
 WINDOW = 0.1
+NAMED = 6  # methods that a sentence names one by one
 
 
 def summary(suite: Suite, outcomes: dict[ArmKey, Outcome]) -> pd.DataFrame:
@@ -91,8 +93,11 @@ def headline(suite: Suite, outcomes: dict[ArmKey, Outcome]) -> list[str]:
         if tied:
             sentences.append(f"{_join(tied)} cannot be told apart from it: the 95 % interval of the difference includes zero.")
         if worse:
-            gaps = "; ".join(f"{k.label} by {_gap(value(best), value(k), accuracy)}" for k in worse)
-            sentences.append(f"Clearly behind: {gaps}.")
+            gaps = "; ".join(f"{k.label} by {_gap(value(best), value(k), accuracy)}" for k in worse[:NAMED])
+            more = f"; and {len(worse) - NAMED} more" if len(worse) > NAMED else ""
+            sentences.append(f"Clearly behind: {gaps}{more}.")
+        if len(others) >= MOST:
+            sentences.append(f"The best of {len(others) + 1} methods is in part the luckiest of them: expect a smaller lead when it is run again.")
     seeds = max((len(runs) for runs in suite.arms.values()), default=1)
     if seeds == 1:
         sentences.append("One training seed a method: the intervals cover the choice of prompts, not of the seed.")
@@ -114,6 +119,8 @@ def _gap(a: Estimate, b: Estimate, accuracy: bool) -> str:
 
 def _join(keys: list[ArmKey]) -> str:
     names = [k.label for k in keys]
+    if len(names) > NAMED:
+        return f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more"
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
