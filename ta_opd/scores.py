@@ -3,6 +3,7 @@
 Shape suffixes: T tokens of the batch, P tokens of the population.
 """
 
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +54,13 @@ class ScoreConfig:
         _choice("metric population", self.population, ("valid", "all"))
         _choice("soft-OR source", self.softor_source, ("dlearn", "dc"))
         _choice("quadrant cut", self.quadrant_cut, ("median", "rank"))
-        if not 0 <= self.q_low < self.q_high <= 1:
-            raise ConfigError(f"quantiles: expected 0 <= q_low < q_high <= 1, got {self.q_low} and {self.q_high}")
+        if not (is_number(self.q_low, self.q_high) and 0 <= self.q_low < self.q_high <= 1):
+            raise ConfigError(f"quantiles: expected numbers 0 <= q_low < q_high <= 1, got {self.q_low!r} and {self.q_high!r}")
+
+
+def is_number(*values) -> bool:
+    """Whether all are numbers: YAML reads 5e-2 as text."""
+    return all(isinstance(value, numbers.Real) for value in values)
 
 
 def _choice(what: str, value, allowed: tuple) -> None:

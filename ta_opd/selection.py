@@ -16,7 +16,7 @@ import numpy as np
 import ta_opd.selectors  # noqa: F401  (registers the published rules)
 from ta_opd.errors import ConfigError, DataError
 from ta_opd.ranking import ROUNDINGS, Order, Rows, budget_share, exact_ceil, reserve, response_budgets, token_budget, top_up
-from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, degenerate_medians
+from ta_opd.scores import PROFILES, ScoreConfig, _choice, batch_scores, degenerate_medians, is_number
 from ta_opd.selectors.registry import (
     Batch,
     Scored,
@@ -136,12 +136,14 @@ class SelectionConfig:
                 object.__setattr__(self, name, value)
         for name, allowed in _CHOICES.items():
             _choice(f"budget {name}", getattr(self, name), allowed)
-        if not (isinstance(self.ratio, numbers.Real) and 0 < self.ratio <= 1):
+        if not (is_number(self.ratio) and 0 < self.ratio <= 1):
             raise ConfigError(f"budget ratio: expected a number in (0, 1], got {self.ratio!r}")
-        if not 0 <= self.gamma <= 1:
+        if not (is_number(self.gamma) and 0 <= self.gamma <= 1):
             raise ConfigError(f"budget gamma: expected a number in [0, 1], got {self.gamma!r}")
-        if self.min_keep < 0:
-            raise ConfigError(f"min-keep per sample: expected 0 (off) or more, got {self.min_keep!r}")
+        if not isinstance(self.min_keep, numbers.Integral) or self.min_keep < 0:
+            raise ConfigError(f"min-keep per sample: expected a whole number, 0 (off) or more, got {self.min_keep!r}")
+        if not isinstance(self.seed, numbers.Integral):
+            raise ConfigError(f"mask seed: expected a whole number, got {self.seed!r}")
         self.score_config()
 
     @property

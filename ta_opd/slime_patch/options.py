@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ta_opd.errors import ConfigError
+from ta_opd.metrics import SUPPORTS
+from ta_opd.scores import is_number
 from ta_opd.selection import SelectionConfig
 from ta_opd.token_bank.files import FORMATS
 
@@ -88,14 +90,16 @@ def _check(options: SimpleNamespace) -> None:
     ):
         if needed and k == 0:
             raise ConfigError(f"{name} needs top-k: expected opd_topk_metrics_k of 1 or more (16 is usual), got 0")
-    if options.opd_exact_cmass_max_union < 1:
-        raise ConfigError(f"opd_exact_cmass_max_union: expected 1 or more, got {options.opd_exact_cmass_max_union}")
+    if not isinstance(options.opd_exact_cmass_max_union, int) or options.opd_exact_cmass_max_union < 1:
+        raise ConfigError(f"opd_exact_cmass_max_union: expected a whole number, 1 or more, got {options.opd_exact_cmass_max_union!r}")
     if options.opd_exact_cmass_overflow not in OVERFLOWS:
         raise ConfigError(f"opd_exact_cmass_overflow: expected one of {OVERFLOWS}, got {options.opd_exact_cmass_overflow!r}")
     if options.opd_token_bank_format not in FORMATS:
         raise ConfigError(f"opd_token_bank_format: expected one of {FORMATS}, got {options.opd_token_bank_format!r}")
-    if not 0 <= options.opd_compat_prefix_ema_alpha <= 1:
-        raise ConfigError(f"opd_compat_prefix_ema_alpha: expected [0, 1], got {options.opd_compat_prefix_ema_alpha}")
+    if options.opd_divergence_support is not None and options.opd_divergence_support not in SUPPORTS:
+        raise ConfigError(f"opd_divergence_support: expected one of {SUPPORTS}, got {options.opd_divergence_support!r}")
+    if not is_number(options.opd_compat_prefix_ema_alpha) or not 0 <= options.opd_compat_prefix_ema_alpha <= 1:
+        raise ConfigError(f"opd_compat_prefix_ema_alpha: expected a number in [0, 1], got {options.opd_compat_prefix_ema_alpha!r}")
 
 
 def check_training(args: Any) -> None:
@@ -112,6 +116,8 @@ def check_training(args: Any) -> None:
         raise ConfigError("the opd_* options do nothing without distillation: pass --use-opd --opd-type sglang")
     if getattr(args, "opd_type", "sglang") != "sglang":
         raise ConfigError(f"token selection needs --opd-type sglang, got {args.opd_type!r}: a Megatron teacher gives no top-k")
+    if getattr(args, "opd_divergence_support", None) == "exact":
+        raise ConfigError("opd_divergence_support: expected union_floor or union_tail, got 'exact'; a server returns top-k lists, not the whole vocabulary")
     temperature = getattr(args, "rollout_temperature", 1.0)
     if temperature != 1.0 and getattr(args, "opd_topk_metrics_k", 0):
         raise ConfigError(

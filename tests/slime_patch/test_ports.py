@@ -159,6 +159,7 @@ def test_without_the_log_hook_the_rollout_id_comes_from_the_data_source(tmp_path
         ({"opd_type": "megatron"}, "needs --opd-type sglang"),
         ({"rollout_temperature": 0.7}, "rollout_temperature: expected 1.0"),
         ({"opd_budget_masks": "tip"}, "did you mean 'opd_budget_mask'"),
+        ({"opd_divergence_support": "exact"}, "opd_divergence_support: expected union_floor or union_tail"),
         ({}, "sample 4 was not scored by the teacher"),
     ],
 )

@@ -210,6 +210,13 @@ def test_k_of_a_sample_that_differs_is_named():
         ({"opd_token_bank_format": "xml"}, "opd_token_bank_format"),
         ({"opd_exact_cmass_overflow": "what"}, "fallback"),
         ({"opd_exact_cmass_max_union": 0}, "max_union"),
+        ({"opd_exact_cmass_max_union": "128"}, "whole number.*'128'"),  # YAML files hold what their writers typed
+        ({"opd_compat_prefix_ema_alpha": "9e-1"}, "number.*'9e-1'"),
+        ({"opd_budget_gamma": "5e-1"}, "number.*'5e-1'"),
+        ({"opd_metric_q_low": "5e-2"}, "numbers.*'5e-2'"),
+        ({"opd_budget_min_keep_per_sample": 1.5}, "whole number.*1.5"),
+        ({"opd_budget_mask_seed": "seed1"}, "whole number.*'seed1'"),
+        ({"opd_divergence_support": "union"}, "'union_floor', 'union_tail', 'exact'"),
     ],
 )
 def test_bad_options_say_what_was_expected(wrong, message):
@@ -301,6 +308,18 @@ def test_exact_values_of_some_samples_are_reported_as_a_fraction():
         tip_compat.select_for_samples(options(), samples, 0)
 
 
+def test_entropy_over_the_whole_vocabulary_is_divided_by_its_logarithm(tmp_path):
+    """tip_q3 ranks by D * (1 - H): with H in nats, 1 - H would be negative and turn the order around."""
+    samples, rng = tree_samples(), np.random.default_rng(0)
+    exact = {name: [rng.uniform(0.1, high, s.response_length) for s in samples] for name, high in (("H", 6), ("KLf", 5), ("KLr", 5), ("C", 1))}
+    args = options(opd_type="megatron", opd_budget_mask="tip_q3", student_config={"vocab_size": 1000}, opd_token_bank_dir=str(tmp_path))
+    tip_compat.select_for_samples(args, samples, 0, exact)
+    tip_compat.close_token_banks()
+    bank = read_bank(tmp_path)
+    np.testing.assert_allclose(bank["Hs_topk_norm"], np.concatenate(exact["H"]) / np.log(1000), rtol=1e-6)
+    assert bank.loc[bank["loss_mask_original"] == 1, "budget_score"].gt(0).all()
+
+
 def test_flush_puts_queued_rollouts_on_disk(tmp_path):
     for rollout_id in range(3):
         process(options(opd_token_bank_dir=str(tmp_path), rollout_id=rollout_id), plain_samples(CASE))
@@ -314,7 +333,7 @@ def test_weights_cannot_be_written_to_a_loss_mask_and_this_is_said(caplog, tmp_p
     selector = tmp_path / "mine.py"
     selector.write_text("from ta_opd.selection import Scored\nimport numpy as np\n\ndef rule(batch):\n"
                         "    return Scored(batch['H_norm'], weights=np.full(batch.valid.size, 0.5))\n")  # fmt: skip
-    args = options(opd_selector_path=f"{selector}:rule")
+    args = options(opd_budget_mask="none", opd_selector_path=f"{selector}:rule")
     samples, tree = plain_samples(CASE), tree_samples()
     with caplog.at_level(logging.WARNING):
         process(args, samples)

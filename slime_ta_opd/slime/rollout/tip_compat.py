@@ -172,6 +172,7 @@ def _metrics(
     student, teacher, token_ids_T = stacked
     if exact is not None:
         exact = {name: np.concatenate([np.asarray(values[s.ordinal]) for s in scored]) for name, values in exact.items()}
+        exact["vocab_size"] = (getattr(options, "student_config", None) or {}).get("vocab_size")
     return token_metrics(
         student,
         teacher,
