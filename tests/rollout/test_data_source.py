@@ -1,5 +1,8 @@
 """Prompt files: every complaint names its line; order, epochs and resumption repeat exactly."""
 
+import datetime
+import decimal
+import io
 import json
 import pickle
 
@@ -7,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from slime.rollout.data_source import PromptDataSource
 from slime.rollout.sample_state import sample_from_state, sample_to_state
@@ -46,6 +50,25 @@ def test_bad_files(args, tokenizer, text, message):
     write(args, text)
     with pytest.raises(DataError, match=message):
         PromptDataSource(args, tokenizer)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", '{"prompt": "é", "label": "1"}'.encode("latin-1"), "save the file as UTF-8"),
+    ("a.csv", b"prompt,label\nQ1?,1\n", "tables in CSV are not read: write them as parquet or JSONL"),
+    ("a.json", b'[\n {"prompt": "Q1?", "label": "1"}\n]\n', "the file is one JSON value over many lines: write one object a line"),
+    ("a.json", b'[{"prompt": "Q1?", "label": "1"}]\n', "got list; a list of objects becomes JSONL when each stands on a line of its own"),
+])  # fmt: skip
+def test_files_of_another_form_say_what_to_do(args, tokenizer, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    args.prompt_data = str(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        PromptDataSource(args, tokenizer)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(args, tokenizer, tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() * 2)
+    args.prompt_data = str(tmp_path / "bom.jsonl")
+    assert len(PromptDataSource(args, tokenizer)) == 2
 
 
 def test_missing_file(args, tokenizer, tmp_path):
@@ -169,6 +192,20 @@ def test_sample_state_keeps_every_field():
     assert back.status is Sample.Status.ABORTED and back.prompt == sample.prompt and back.metadata == {"a": 3}
     np.testing.assert_array_equal(back.teacher_at_student_ids, sample.teacher_at_student_ids)
     np.testing.assert_array_equal(back.student_topk.logprobs, sample.student_topk.logprobs)
+
+
+def test_a_sample_without_a_token_and_with_odd_metadata_goes_through_a_checkpoint():
+    """A response that was taken back before its first token has empty arrays, and a parquet file holds dates and bytes."""
+    metadata = {"when": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.5"), "image": b"", "raw": b"\x00\xff", "nested": [{"__array__": "text"}]}
+    sample = Sample(index=3, tokens=[1, 2, 3], status=Sample.Status.ABORTED, rollout_log_probs=np.empty(0, np.float32), student_topk=TopK.empty(0, 4),
+                    metadata=metadata, loss_mask=[])  # fmt: skip
+    file = io.BytesIO()
+    torch.save(sample_to_state(sample), file)
+    file.seek(0)
+    back = sample_from_state(torch.load(file, weights_only=True))
+    assert back.rollout_log_probs.shape == (0,) and back.rollout_log_probs.dtype == np.float32 and back.student_topk.ids.shape == (0, 4)
+    assert back.metadata == {**metadata, "when": "2026-01-02", "price": "1.5"}
+    assert (back.tokens, back.status, back.loss_mask, back.response_length) == ([1, 2, 3], Sample.Status.ABORTED, [], 0)
 
 
 def test_named_teachers(args, tokenizer):

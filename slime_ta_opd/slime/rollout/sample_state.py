@@ -1,4 +1,7 @@
-"""A Sample as plain lists, numbers and bytes, and back: what a checkpoint may hold and be read from without running code."""
+"""A Sample as plain lists, numbers, text and bytes, and back: what a checkpoint may hold and be read from without running code.
+
+Metadata of a prompt may be anything that its file holds (a date of a parquet file, say): what is not plain becomes its text.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,40 @@ from slime.utils.types import Sample
 from ta_opd.topk import TopK
 
 
+_MARKS = {"__array__", "__topk__", "__status__", "__bytes__", "__dict__"}
+
+
 def _pack(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return {"__array__": [value.dtype.str, list(value.shape), value.tobytes()]}
+    if isinstance(value, np.ndarray):  # no empty bytes: torch's reader of checkpoints refuses them
+        return {"__array__": [value.dtype.str, list(value.shape), value.tobytes() if value.size else None]}
     if isinstance(value, TopK):
         return {"__topk__": [_pack(value.ids), _pack(value.logprobs)]}
     if isinstance(value, Sample.Status):
         return {"__status__": value.value}
+    if isinstance(value, (bytes, bytearray)):
+        return {"__bytes__": value.hex()}
     if isinstance(value, dict):
-        return {str(k): _pack(v) for k, v in value.items()}
+        items = {str(k): _pack(v) for k, v in value.items()}
+        return {"__dict__": items} if _MARKS & items.keys() else items
     if isinstance(value, (list, tuple)):
         return [_pack(v) for v in value]
     if isinstance(value, np.generic):
-        return value.item()
-    return value
+        return _pack(value.item())
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _unpack(value: Any) -> Any:
     if isinstance(value, dict):
         if "__array__" in value:
             dtype, shape, data = value["__array__"]
-            return np.frombuffer(data, dtype).reshape(shape).copy()
+            return np.frombuffer(data, dtype).reshape(shape).copy() if data else np.empty(shape, dtype)
         if "__topk__" in value:
             return TopK(*(_unpack(v) for v in value["__topk__"]))
         if "__status__" in value:
             return Sample.Status(value["__status__"])
-        return {k: _unpack(v) for k, v in value.items()}
+        if "__bytes__" in value:
+            return bytes.fromhex(value["__bytes__"])
+        return {k: _unpack(v) for k, v in value.get("__dict__", value).items()}
     if isinstance(value, list):
         return [_unpack(v) for v in value]
     return value
