@@ -13,7 +13,6 @@ import numpy as np
 from slime.utils.types import Sample
 from ta_opd.topk import TopK
 
-
 _MARKS = {"__array__", "__topk__", "__status__", "__bytes__", "__dict__"}
 
 
