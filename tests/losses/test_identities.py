@@ -132,6 +132,20 @@ def test_student_tail_keeps_its_digits_when_the_support_holds_almost_everything(
         torch.testing.assert_close(grad[:, 1:].double(), exact.grad[:, 1:], rtol=1e-4, atol=0)
 
 
+def test_a_sure_tokens_gradient_keeps_its_digits_in_bf16():
+    """1 - p of the target: in bf16, p rounds to 1 from 0.998 on. Every column is within bf16's rounding of the float64 gradient."""
+    student = torch.zeros(4, V)
+    student[:, 7] = torch.tensor([4.0, 8.0, 10.0, 14.0])
+    student[:, 9] = 1.0
+    student = student.bfloat16()
+    rows = Rows(target_R=torch.full((4,), 7), teacher_logp_R=torch.full((4,), -0.75),
+                student_logp_old_R=torch.log_softmax(student.double(), 1)[:, 7].float())  # fmt: skip
+    _, grad = loss_of_logits("sampled_reverse_kl", student, rows)
+    exact = student.double().requires_grad_()
+    reference.sampled(torch.log_softmax(exact, 1), rows).sum().backward()
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=2.0**-7, atol=0)
+
+
 def test_teacher_tail_below_resolution_is_floored_and_said():
     student = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
     rows = Rows(teacher_ids_RK=torch.tensor([[4], [5]]), teacher_logps_RK=torch.tensor([[0.0], [math.log(0.5)]]))

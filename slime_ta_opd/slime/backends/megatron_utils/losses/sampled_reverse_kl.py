@@ -73,8 +73,10 @@ class _SampledChunk:
         }
         if scale_C is not None:
             weight_C = slope_C * scale_C.to(slope_C.dtype) * self.inv_temperature
+            # the target's column on its own: weight - weight x p of a sure token has no digits left in bf16
+            add_at_columns_(logits_CV, target_C1, torch.full_like(weight_C[:, None], -torch.inf), shard)
             softmax_scale_(logits_CV, log_z_C, -weight_C, self.inv_temperature)
-            add_at_columns_(logits_CV, target_C1, weight_C[:, None], shard)
+            add_at_columns_(logits_CV, target_C1, (-weight_C * torch.expm1(logp_C))[:, None], shard)
         return loss_C, stats
 
 
