@@ -131,6 +131,15 @@ def test_ranks_with_less_get_padding_micro_batches():
     assert batch.num_rows == 0
 
 
+def test_a_rank_without_any_sample_has_fields_of_the_right_kind():
+    """More data-parallel ranks than samples: ids are integers of two dimensions there, too."""
+    data = {name: [] for name in ("tokens", "response_lengths", "loss_masks", *FIELDS)}
+    (batch,) = pack(data, [], kept, max_tokens=40, parallel=Parallel(), field_names=FIELDS)
+    assert batch.num_rows == 0
+    for name, dtype, dims in (("teacher_topk_ids", torch.int64, 2), ("opd_weights", torch.float32, 1), ("target", torch.int64, 1)):
+        assert (batch.fields[name].dtype, batch.fields[name].dim()) == (dtype, dims), name
+
+
 def test_too_long_and_without_prompt():
     data = mt_tiny.make_data(seed=0, samples=2)
     data["sample_indices"] = [70, 71]

@@ -249,6 +249,17 @@ def test_a_step_without_kept_tokens_changes_nothing_but_decay(pool, models):
     assert result["metrics"][0]["loss"] == 0.0 and result["metrics"][0]["grad_norm"] == 0.0
 
 
+def test_more_ranks_than_samples(pool, models):
+    """The rank that has none takes part in the step and changes nothing."""
+    import mt_tiny
+
+    one = mt_tiny.make_data(samples=1)
+    few, many = (pool.run("train", ranks, model=models("qwen3"), data=one, steps=1, grads=False)[0] for ranks in (1, 2))
+    assert many["metrics"][0]["loss"] == pytest.approx(few["metrics"][0]["loss"], rel=1e-6)
+    for name, expected in few["weights"].items():
+        np.testing.assert_allclose(many["weights"][name], expected, atol=3e-7, rtol=0, err_msg=name)
+
+
 def test_too_long_sample_stops_every_rank(pool, models):
     for error in pool.run("train_error", 2, model=models("qwen3"), data=data(), max_tokens_per_gpu=12):
         assert error[0] == "ConfigError" and "--max-tokens-per-gpu 12" in error[1]

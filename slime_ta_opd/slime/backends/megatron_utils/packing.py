@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slime.backends.megatron_utils.attention import PackedLayout, RowQueries
+from slime.utils.fields import FIELDS
 from ta_opd.errors import ConfigError, DataError
 
 
@@ -30,6 +31,10 @@ class RowChoice:
 
 
 ROW_QUERY_SHARE = 0.25  # up to this share of the tokens as rows, masked attention of rows is less work than causal attention of all
+
+
+# What a field looks like on a rank that has no sample at all.
+_WITHOUT_SAMPLES = {f.name: np.zeros((0, 0) if f.shape == "LK" else 0, f.dtype) for f in FIELDS}
 
 
 @dataclass(frozen=True)
@@ -245,9 +250,9 @@ def _row_fields(data, sample: np.ndarray, position: np.ndarray, names, device) -
     fields = {"target": _to(_join(targets, np.int64), device)}
     for name in names:
         if name in data:
-            dtype = np.int64 if data[name] and data[name][0].dtype.kind in "iu" else np.float32
-            empty = data[name][0][:0] if data[name] else np.zeros(0)
-            fields[name] = _to(_join([data[name][s][at] for s, at in runs] or [empty], dtype), device)
+            like = data[name][0] if data[name] else _WITHOUT_SAMPLES.get(name, np.zeros(0))
+            dtype = np.int64 if like.dtype.kind in "iu" else np.float32
+            fields[name] = _to(_join([data[name][s][at] for s, at in runs] or [like[:0]], dtype), device)
     return fields
 
 
