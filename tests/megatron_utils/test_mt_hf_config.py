@@ -107,6 +107,7 @@ def test_bad_expert_layouts(models):
         ({"bf16": True, "fp32": True}, "--bf16 and --fp32"),
         ({"max_tokens_per_gpu": 0}, "--max-tokens-per-gpu"),
         ({"recompute_granularity": "full"}, "--recompute-method"),
+        ({"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]}, "--recompute-modules: .* got 'layernorm'"),
         ({"overlap_param_gather": True}, "--use-distributed-optimizer"),
         ({"lr": -1.0}, "--lr"),
         ({"min_lr": 1.0}, "--min-lr"),

@@ -10,6 +10,9 @@ import torch
 
 from ta_opd.errors import ConfigError
 
+RECOMPUTED = ("core_attn", "mlp", "moe")
+RECOMPUTED_BY_TE = ("layernorm", "moe_act")  # megatron-core has neither without Transformer Engine
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -105,6 +108,12 @@ class Settings:
             raise ConfigError("--transformer-impl transformer_engine: Transformer Engine is not installed; install it or use local")
         if self.recompute_granularity == "full" and not self.recompute_method:
             raise ConfigError("--recompute-granularity full: expected --recompute-method uniform or block beside it, got none")
+        for name in self.recompute_modules or ():
+            if name not in RECOMPUTED and not (self.transformer_impl == "transformer_engine" and name in RECOMPUTED_BY_TE):
+                raise ConfigError(
+                    f"--recompute-modules: expected some of {', '.join(RECOMPUTED)} (with --transformer-impl transformer_engine also "
+                    f"{', '.join(RECOMPUTED_BY_TE)}), got {name!r}"
+                )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ConfigError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
         for name in ("lr", "min_lr", "weight_decay", "clip_grad"):
