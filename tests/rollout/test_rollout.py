@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from slime.backends.sglang_utils.client import Clients
+from slime.observability.metrics import rollout_metrics
 from slime.rollout import measuring, sglang_rollout
 from slime.rollout.data_source import PromptDataSource
 from slime.rollout.evaluate import evaluate
 from slime.rollout.sampling import sampling_seed
 from slime.rollout.sglang_rollout import generate_rollout
+from slime.utils.fields import collect
 from slime.utils.types import Sample
 from ta_opd.errors import DataError, ServiceError
 from tests.rollout.conftest import FakeModel, dense
@@ -340,3 +342,21 @@ def test_custom_generate_function(args, tokenizer):
     for sample in flat(generate_rollout(args, 0, PromptDataSource(args, tokenizer), clients())):
         assert sample.response_length == 3
         check(sample)
+
+
+async def generate_nothing_now_and_then(args, sample, sampling_params, client=None):
+    if sample.index % 3 == 1:
+        sample.status = Sample.Status.COMPLETED  # a tool that failed before the first token, say
+        return sample
+    return await own_generate(args, sample, sampling_params, client=client)
+
+
+def test_a_response_without_a_token_has_every_field_of_the_others(args, tokenizer):
+    args.custom_generate_function_path = "tests.rollout.test_rollout.generate_nothing_now_and_then"
+    args.opd_exact_cmass = True
+    samples = flat(generate_rollout(args, 0, PromptDataSource(args, tokenizer), clients()))
+    assert [s.response_length for s in samples] == [3, 0, 3, 3, 0, 3]
+    data = collect(samples)
+    assert {"rollout_log_probs", "teacher_log_probs", "student_topk_ids", "teacher_topk_ids", "teacher_at_student_ids"} <= set(data)
+    assert data["student_topk_ids"][1].shape == data["teacher_at_student_ids"][1].shape == (0, 6)
+    assert np.isfinite(rollout_metrics(samples, None)["rollout/reverse_kl_valid"])

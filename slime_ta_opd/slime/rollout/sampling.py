@@ -107,6 +107,12 @@ async def call_custom(function: Any, args: Any, sample: Sample, params: dict, cl
         sample.__dict__.update(result.__dict__)
 
 
+def without_tokens(sample: Sample, top_k: int, log_probs: bool) -> None:
+    """Empty arrays for a response of no token (of a user's generate function, say), so that it has every field that others have."""
+    sample.rollout_log_probs = np.empty(0, np.float32) if log_probs else None
+    sample.student_topk = TopK.empty(0, top_k) if top_k else None
+
+
 def restart(sample: Sample) -> Sample:
     """The sample as its bare prompt again."""
     sample.tokens = sample.tokens[: sample.prompt_length]

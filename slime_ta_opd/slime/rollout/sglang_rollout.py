@@ -11,7 +11,7 @@ from slime.backends.sglang_utils import loop
 from slime.rollout.measuring import Measuring
 from slime.rollout.on_policy_distillation import score_sample
 from slime.rollout.progress import Progress
-from slime.rollout.sampling import call_custom, restart, sample_response, sampling_params
+from slime.rollout.sampling import call_custom, restart, sample_response, sampling_params, without_tokens
 from slime.utils import memory
 from slime.utils.misc import load_function, load_tokenizer
 from slime.utils.types import Sample
@@ -109,6 +109,8 @@ class _Rollout:
         self.sampled_at = max(self.sampled_at, time.monotonic())
         if sample.status is Sample.Status.ABORTED:
             return
+        if not sample.response_length:
+            without_tokens(sample, self.top_k, log_probs=not self.evaluation)
         scoring = [] if self.score_last else [self._score(sample)]
         await asyncio.gather(*scoring, self._decode(sample))  # the teacher is asked first: it need not wait for the text
         self.progress.update()
