@@ -189,14 +189,15 @@ def test_sampled_columns():
 
 
 def test_columns_and_encodings():
-    metrics, lengths = metrics_of(random_samples(1, K, num=20), K, np.float32)
+    metrics, _ = metrics_of(random_samples(1, K, num=20), K, np.float32)
     assert tuple(metrics) == METRIC_COLUMNS
     assert metrics["student_top1_id"].dtype == np.int32 and metrics["reach_t1"].dtype == np.int8
     assert metrics["KLf_union"].dtype == np.float32
     empty = metrics["student_topk_mass"] == 0
     assert empty.any() and (metrics["student_top1_id"][empty] == -1).all() and (metrics["target_student_rank"][empty] == 0).all()
-    positions = position_columns(lengths)
-    assert positions["tok_pos"].max() == max(lengths) - 1 and positions["pos_norm"].max() <= 1
+    positions = position_columns([1, 0, 2, 3])
+    assert positions["tok_pos"].tolist() == [0, 0, 1, 0, 1, 2] and positions["sample"].tolist() == [0, 2, 2, 3, 3, 3]
+    assert positions["pos_norm"].tolist() == [0, 0, 1, 0, 0.5, 1]
 
 
 def test_without_top_k_everything_is_zero():

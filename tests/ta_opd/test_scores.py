@@ -35,6 +35,16 @@ def test_a_population_whose_inner_quantiles_are_equal_carries_no_signal(dtype):
             assert not normalise(x_T, None, ScoreConfig()).any(), (num, value)
 
 
+@pytest.mark.parametrize("scheme", ["batch_quantile", "batch_minmax", "none"])
+def test_a_small_range_is_a_range(scheme):
+    """Late in training all divergences are small; only a range below 1e-12 carries no signal."""
+    x_T = np.array([0.0, 1.0, 2.0])
+    config = ScoreConfig(normalization=scheme, q_low=0.0, q_high=1.0)
+    for scale in (1e-2, 1e-6, 6e-13):
+        assert normalise(x_T * scale, None, config).tolist() == [0, 0.5, 1], scale
+    np.testing.assert_allclose(normalise(x_T * 4e-13, None, config), [0, 0.4, 0.8] if scheme == "none" else [0, 0, 0], rtol=1e-12)
+
+
 @pytest.mark.parametrize("profile", ["paper", "released"])
 @pytest.mark.parametrize("scheme", ["batch_quantile", "batch_minmax", "none"])
 @pytest.mark.parametrize("proxy", list(PROXY_COLUMN))
@@ -88,6 +98,20 @@ def test_quadrants_by_rank_when_the_degenerate_medians():
     assert metrics["Hs_topk_norm"][low].max() <= metrics["Hs_topk_norm"][~low].min()
 
 
+def test_by_rank_outsiders_and_values_that_are_not_finite_have_a_half_too():
+    """Outsiders are held against the lowest of the population's upper half; nan and -inf count as 0, inf as the largest."""
+    entropy = np.array([0, 0, 0, 0.0, 0, np.nan, 2, 3, np.inf, 0, 0, 1, 2, np.nan])
+    valid = np.arange(14) < 9
+    metrics = {"Hs_topk_norm": entropy, "KLf_union": np.arange(14.0), "Cmass": np.ones(14)}
+    quadrant = batch_scores(metrics, valid, ScoreConfig(quadrant_cut="rank"))["quadrant"]
+    high = np.isin(quadrant, (1, 2)).astype(int)
+    assert high[valid].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]  # of equal ones the later are higher
+    assert high[~valid].tolist() == [1, 1, 1, 1, 1]
+    entropy[[4, 5]] = 0.5
+    high = np.isin(batch_scores(metrics, valid, ScoreConfig(quadrant_cut="rank"))["quadrant"], (1, 2)).astype(int)
+    assert high.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0]
+
+
 def test_rank_cut_changes_nothing_when_the_median_works():
     samples = random_samples(4, K, num=12)
     metrics, _ = metrics_of(samples, K)
@@ -107,6 +131,8 @@ def test_rank_cut_changes_nothing_when_the_median_works():
         ({"normalization": "zscore"}, "batch_quantile"),
         ({"population": "some"}, "valid, all"),
         ({"q_low": 0.9, "q_high": 0.1}, "q_low < q_high"),
+        ({"q_low": 0.05, "q_high": 1.05}, "q_low < q_high"),
+        ({"q_low": -0.05}, "q_low < q_high"),
         ({"softor_source": "d"}, "dlearn, dc"),
     ],
 )
