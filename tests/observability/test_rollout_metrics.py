@@ -33,3 +33,13 @@ def test_positions_that_are_no_targets_and_tokens_that_are_not_kept():
     assert found["rollout/valid_tokens"] == 7 and found["rollout/kept_tokens"] == 2 and found["rollout/keep_ratio"] == pytest.approx(2 / 7)
     assert found["rollout/reverse_kl_valid"] == pytest.approx((3 * 1.0 + 4 * 3.0) / 7)
     assert found["rollout/reverse_kl_kept"] == pytest.approx((1.0 + 3.0) / 2)
+
+
+def test_a_response_without_a_token_changes_nothing_but_the_counts_of_samples():
+    some = [sample(1.0, 4, weights=[1, 1, 0, 0]), sample(3.0, 4, weights=[0, 0, 0, 1])]
+    empty = Sample(tokens=[1, 2], response_length=0)  # carries no field at all
+    found, without = rollout_metrics([some[0], empty, some[1]], None), rollout_metrics(some, None)
+    counted = ("rollout/samples", "rollout/response_length")
+    assert {k: v for k, v in found.items() if k not in counted} == {k: v for k, v in without.items() if k not in counted}
+    assert found["rollout/samples"] == 3 and found["rollout/kept_tokens"] == 3
+    assert rollout_metrics([empty], None)["rollout/kept_tokens"] == 0

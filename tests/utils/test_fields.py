@@ -45,6 +45,15 @@ def test_a_field_that_only_some_samples_carry_is_refused():
         fields.collect(samples)
 
 
+def test_a_response_without_a_token_has_every_field():
+    empty = Sample(index=2, tokens=[1, 2], response_length=0, reward=0.0)
+    data = fields.collect([empty, make_sample(0, 1, 2), make_sample(1, 1, 3)])
+    assert [len(v) for v in data["rollout_log_probs"]] == [0, 2, 3] and data["teacher_topk_ids"][0].shape == (0, 2)
+    assert "teacher_at_student_ids" not in data and len(data["tokens"][0]) == 2
+    with pytest.raises(DataError, match="2 of 3 samples carry it .first without: sample 0"):
+        fields.collect([empty, Sample(index=0, tokens=[1, 2, 3], response_length=1), make_sample(1, 1, 3)])
+
+
 def test_for_rows_ships_what_the_loss_reads():
     names = fields.for_rows({"teacher_ids_RK", "teacher_logps_RK", "target_R"})
     assert {"teacher_topk_ids", "teacher_topk_logprobs", "tokens", "rollout_log_probs"} <= set(names)

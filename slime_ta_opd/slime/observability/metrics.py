@@ -25,16 +25,17 @@ def rollout_metrics(samples: Sequence[Sample], selection: dict[str, Any] | None)
         "rollout/truncated": float(np.mean([s.truncated for s in samples])) if len(lengths) else 0.0,
         "rollout/valid_tokens": float(valid.sum()),
     }
-    weights = [s.opd_weights for s in samples]
+    answered = [s for s in samples if s.response_length > 0]  # the others carry nothing
+    weights = [s.opd_weights for s in answered]
     if any(w is None for w in weights):
         kept = valid
     else:
-        kept = valid & (np.concatenate(weights) > 0)
+        kept = valid & (np.concatenate([np.zeros(0), *weights]) > 0)
     out["rollout/kept_tokens"] = float(kept.sum())
     out["rollout/keep_ratio"] = float(kept.sum() / max(valid.sum(), 1))
-    student = [s.rollout_log_probs for s in samples]
-    teacher = [s.teacher_log_probs for s in samples]
-    if len(samples) and all(x is not None for x in student):
+    student = [s.rollout_log_probs for s in answered]
+    teacher = [s.teacher_log_probs for s in answered]
+    if answered and all(x is not None for x in student):
         s = np.concatenate(student)
         out["rollout/student_log_prob"] = _mean(s, valid)
         if all(x is not None for x in teacher):

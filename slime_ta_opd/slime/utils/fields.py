@@ -75,9 +75,13 @@ def collect(samples: Sequence[Sample], names: Sequence[str] | None = None) -> di
         if names is not None and not f.required and f.name not in names:
             continue
         values = [f.read(s) for s in samples]
-        present = sum(v is not None for v in values)
-        if not present and not f.required:
+        known = [v for v, s in zip(values, samples, strict=True) if v is not None and s.response_length > 0]
+        if not known and not f.required:
             continue
+        if f.shape != "PL":  # a response without a token has every field
+            nothing = np.zeros((0, *np.shape(known[0])[1:]) if known else 0, f.dtype)
+            values = [nothing if v is None and s.response_length == 0 else v for v, s in zip(values, samples, strict=True)]
+        present = sum(v is not None for v in values)
         if present != len(values):
             missing = next(s.index for s, v in zip(samples, values, strict=True) if v is None)
             raise DataError(
