@@ -32,7 +32,7 @@ def work(args: argparse.Namespace) -> None:
     write_table(out / "budget_ratio_curve.csv", curve)
     for name in CURVES:
         if name in frame:
-            plots.curves(curve, "ratio", f"{name}_mean", "mask", out / f"budget_ratio_{name}.png", title=f"{name} by budget")
+            plots.curves(curve, "ratio", f"{name}_mean", "mask", out / f"budget_ratio_{name}.png", title=f"{name} by budget", xlabel="budget", ylabel=name)
     print(to_markdown(curve), end="")
     for note in notes:
         print(f"note: {note}")

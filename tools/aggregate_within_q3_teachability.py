@@ -27,10 +27,14 @@ def work(args: argparse.Namespace) -> None:
     frame = pd.concat(parts, ignore_index=True)
     out = Path(args.output_dir)
     write_table(out / "within_q3_all.csv", frame)
+    rows = frame.drop_duplicates(["run", "dataset"])
+    places = [name if frame["dataset"].nunique() < 2 else f"{name}\n{dataset}" for name, dataset in zip(rows["run"], rows["dataset"], strict=True)]
     numbered = frame.assign(place=frame.groupby("score").cumcount() + 1)
     plots.curves(
         numbered, "place", "high_minus_low", "score", out / "within_q3_all.png", low="ci_low", high="ci_high",
-        title="Top minus bottom quarter inside Q3, by diagnostic (in order given)",
+        title="Gain of the top minus the bottom quarter inside Q3", note="whiskers: 95 % bootstrap intervals over prompts",
+        xlabel="diagnostic", ylabel="difference of mean gain, nats a token",
+        places=places,
     )  # fmt: skip
     print(to_markdown(frame[["run", "dataset", "score", "high_minus_low", "ci_low", "ci_high", "q3_tokens"]]), end="")
     print(f"-> {out}")

@@ -17,6 +17,8 @@ from ta_opd.fixed_context.selector_inputs import SOURCES
 from ta_opd.fixed_context.tables import read_table, to_markdown
 from ta_opd.fixed_context.topn import TopNConfig, matched_topn, write_topn
 
+SHOWN = 8  # selectors of a budget that are printed; the files hold all
+
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.new_parser(__doc__)
@@ -48,8 +50,11 @@ def work(args: argparse.Namespace) -> None:
     result = pd.concat([matched_topn(read_table(path), config, dataset=name) for name, path in paths.items()], ignore_index=True)
     out = write_topn(result, config, {name: str(path) for name, path in paths.items()}, args.out_dir)
     shown = [c for c in ("dataset", "selector", "ratio", "n_keep", "mean_gain", "ci_low", "ci_high", "gain_per_keep_ratio", "note") if c in result]
-    print(to_markdown(result[shown]), end="")
-    print(f"-> {out}")
+    for (dataset, ratio), part in result.groupby(["dataset", "ratio"], sort=False):
+        best = part.sort_values("mean_gain", ascending=False, kind="stable").head(SHOWN)
+        print(f"{dataset} at {ratio:g}: the best {len(best)} of {len(part)} selectors")
+        print(to_markdown(best[shown]))
+    print(f"all rows -> {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,8 +37,8 @@ def work(args: argparse.Namespace) -> None:
     )  # fmt: skip
     result = recommend(read_table(args.input), config)
     out = write_recommendation(result, args.output_dir)
-    print(as_markdown(result))
-    print(f"-> {out}")
+    print(as_markdown(result, most=10))
+    print(f"every selector at every budget: {out / 'selector_recommendation.md'} (.csv, .json; .png as a picture)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -107,6 +107,6 @@ def write_budget_accuracy(summary: pd.DataFrame, output_dir, *, method: str, bud
     half = summary["ci95"].fillna(0)
     plots.curves(
         summary.assign(low=summary["mean"] - half, high=summary["mean"] + half), budget, "mean", method, out / "budget_accuracy.png",
-        low="low", high="high", title=f"{metric} by budget (band: 1.96 standard errors)",
+        low="low", high="high", title=f"{metric} by budget", note="whiskers: 1.96 standard errors", xlabel="budget", ylabel=metric,
     )  # fmt: skip
     return out

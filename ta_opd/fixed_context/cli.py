@@ -1,6 +1,7 @@
 """What the command lines of the diagnostic share: option groups, list syntax, one-line errors."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,54 @@ def run(name: str, work: Callable[[argparse.Namespace], None], parser: argparse.
     except TaOpdError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head` has read enough; nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"{name}: stopped; finished parts are kept", file=sys.stderr)
         return 130
     return 0
 
 
+# What --help says of flags that several tools have; a tool's own words come first.
+HELP = {
+    "output_dir": "folder for tables and pictures; made where it is missing", "out_dir": "folder for tables and pictures; made where it is missing",
+    "bootstrap": "draws of the bootstrap intervals", "n_boot": "draws of the bootstrap intervals", "seed": "seed of every draw",
+    "q_low": "H, D and C are normalised between this quantile ...", "q_high": "... and this one",
+    "h_quantile": "Q3 has H below this quantile", "d_quantile": "... and D above this one",
+    "low_c_quantile": "low C: below this quantile inside Q3", "high_c_quantile": "high C: above this one",
+    "winsor_low": "gains below this quantile are set to it", "winsor_high": "gains above this quantile are set to it",
+    "ratios": "budgets: shares of the tokens that are kept", "ratio": "budget: share of the tokens that is kept",
+    "context_bank": "file of export_fixed_context_bank.py", "teacher": "model directory, or address of a SGLang server",
+    "teacher_hf_dir": "model directory of the teacher", "iteration": "number of the checkpoint, or latest",
+    "device": "auto, cpu, cuda:0, ...", "student_device": "auto, cpu, cuda:0, ...", "teacher_device": "auto, cpu, cuda:0, ...",
+    "dtype": "auto (bfloat16 on GPU, float32 on CPU), bfloat16, float16, float32, float64",
+    "trust_remote_code": "run code that a model directory brings along", "allow_tokenizer_mismatch": "score although the vocabularies differ",
+    "input": "table of eval_fixed_context_bank.py with --baseline-metrics", "input_key": "key of the prompt", "label_key": "key of the reference answer",
+    "apply_chat_template": "format prompts by the tokenizer's chat template", "temperature": "of sampling",
+    "max_response_tokens": "longest response", "max_prompt_tokens": "longer prompts are left out", "num_contexts": "responses in the bank",
+    "sample": "the first responses, or a random choice", "folds": "folds of contexts", "min_q3_size": "fewer tokens are not fitted",
+    "method_col": "column of the method", "budget_col": "column of the budget", "metric_col": "column of the number",
+    "no_pictures": "tables only", "bank_source": "where contexts come from: rollout dumps, the student on held-out prompts, or a token bank",
+    "debug_rollout_data": "folder or files of --save-debug-rollout-data", "token_bank": "folder of --opd-token-bank-dir",
+    "residency": "both models in memory, or one at a time", "max_tokens_per_batch": "padded tokens of one forward pass",
+    "summary_name": "file of the summary in --diag-dir", "pair_id": "name of the pair in the summary",
+}  # fmt: skip
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says what every flag is and what it is without being given."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = action.help or HELP.get(action.dest, "")
+        if action.option_strings and action.default not in (None, "", False, argparse.SUPPRESS) and action.default != [] and "default" not in text:
+            text = f"{text} (default: {action.default:.3g})" if isinstance(action.default, float) else f"{text} (default: {action.default})"
+        action.help = text.strip() or None
+        return super()._format_action(action)
+
+
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    return argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:

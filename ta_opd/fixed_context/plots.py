@@ -1,11 +1,14 @@
 """Pictures of the analyses (matplotlib, no display needed). Colours are told apart without colour vision (viridis, Okabe-Ito)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C7A00", "#000000")
+MARKERS, DASHES = "osD^vPX*", ("-", "--", ":", "-.")
+SOFT = "#57606a"
 
 
 def new_figure(width: float = 6.4, height: float = 4.2):
@@ -38,12 +41,12 @@ def _heatmap(h, d, c, path: Path, bins: int = 20) -> Path:
     count, _, _ = np.histogram2d(h, d, bins=[edges, edges])
     mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     image = axes.imshow(mean.T, origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.axvline(np.median(h), color="white", lw=1, ls="--")
-    axes.axhline(np.median(d), color="white", lw=1, ls="--")
-    axes.set(xlabel="student entropy H, normalised", ylabel="divergence D, normalised", title="Mean compatibility C (dashed: medians)")
+    axes.axvline(np.median(h), color=SOFT, lw=1, ls="--")
+    axes.axhline(np.median(d), color=SOFT, lw=1, ls="--")
+    axes.set(xlabel="student entropy H, normalised", ylabel="divergence D, normalised")
+    _heading(axes, "Mean compatibility C", "dashed: medians of H and D; white: no tokens there")
     figure.colorbar(image, ax=axes, label="mean C, normalised")
-    figure.savefig(path, dpi=130)
-    return path
+    return save(figure, path)
 
 
 def _binned(x, y, xlabel: str, ylabel: str, title: str, path: Path, bins: int = 10) -> Path:
@@ -57,23 +60,81 @@ def _binned(x, y, xlabel: str, ylabel: str, title: str, path: Path, bins: int = 
     axes.bar(centre[shown], mean[shown], width=0.8 / bins, color=OKABE_ITO[0])
     axes.errorbar(centre[shown], mean[shown], yerr=spread[shown] / np.sqrt(count[shown]), fmt="none", ecolor="black", capsize=2)
     axes.axhline(0, color="grey", lw=0.8)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=f"{title} (bars: mean, standard error over tokens)")
-    axes.title.set_fontsize(10)
-    figure.savefig(path, dpi=130)
-    return path
+    axes.set(xlabel=f"{xlabel} (above: tokens)", ylabel=ylabel, xlim=(0, 1))
+    for at, tokens in zip(centre[shown], count[shown], strict=True):
+        axes.annotate(f"{tokens:,}", (at, 0.012), xycoords=("data", "axes fraction"), ha="center", fontsize=7, color=SOFT)
+    _heading(axes, title, "bars: mean; whiskers: standard error over tokens")
+    return save(figure, path)
 
 
-def curves(frame: pd.DataFrame, x: str, y: str, by: str, path, *, low: str | None = None, high: str | None = None, title: str = "") -> Path:
-    """One line a value of `by`, with a band from `low` to `high` where given."""
-    figure, axes = new_figure(7.2, 4.6)
-    markers = "osD^vPX*"
-    for i, (name, part) in enumerate(frame.groupby(by, sort=False)):
-        part = part.sort_values(x)
-        colour = OKABE_ITO[i % len(OKABE_ITO)]
-        axes.plot(part[x], part[y], marker=markers[i % len(markers)], color=colour, label=str(name), lw=1.4, ms=5)
-        if low and high:
-            axes.fill_between(part[x], part[low], part[high], color=colour, alpha=0.15, lw=0)
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=130)
+def _heading(axes, title: str, below: str = "") -> None:
+    """A title at the left and a smaller line under it: together they fit the width, which one long title does not."""
+    axes.set_title(title + ("\n" if below else ""), loc="left", fontsize=11, weight="bold")
+    if below:
+        axes.text(0, 1.015, below, transform=axes.transAxes, fontsize=8.5, color=SOFT, va="bottom")
+
+
+def save(figure, path) -> Path:
+    figure.savefig(path, dpi=160)
     return Path(path)
+
+
+def curves(
+    frame: pd.DataFrame, x: str, y: str, by: str, path, *, low: str | None = None, high: str | None = None, title: str = "", note: str = "",
+    xlabel: str | None = None, ylabel: str | None = None, places: Sequence[str] | None = None,
+) -> Path:  # fmt: skip
+    """One line a value of `by`, with whiskers from `low` to `high` where given. The values of `x` stand side by side at equal distances, and lines a
+    little beside one another, so that equal ones can be told apart. places: names for the sorted values of `x` (shares are shown as percent)."""
+    values = np.sort(frame[x].dropna().unique())
+    names = list(frame[by].drop_duplicates())
+    figure, axes = new_figure(7.6, 4.4 + 0.22 * -(-len(names) // 3))
+    step = min(0.09, 0.6 / max(len(names), 1))
+    for i, name in enumerate(names):
+        part = frame[frame[by] == name].sort_values(x)
+        at = np.searchsorted(values, part[x]) + (i - (len(names) - 1) / 2) * step
+        colour, marker, dash = OKABE_ITO[i % len(OKABE_ITO)], MARKERS[i % len(MARKERS)], DASHES[i // len(OKABE_ITO) % len(DASHES)]
+        axes.plot(at, part[y], marker=marker, color=colour, label=str(name), lw=1.2, ls=dash, ms=5.5)
+        if low and high:
+            error = np.clip(np.nan_to_num([part[y] - part[low], part[high] - part[y]]), 0, None)
+            axes.errorbar(at, part[y], yerr=error, fmt="none", ecolor=colour, capsize=2.5, lw=1.1)
+    shares = places is None and len(values) and 0 < values.min() and values.max() <= 1
+    axes.set_xticks(range(len(values)), places or [f"{100 * v:.3g} %" if shares else f"{v:g}" for v in values])
+    axes.set(xlabel=xlabel or x, ylabel=ylabel or y, xlim=(-0.5, len(values) - 0.5))
+    axes.grid(axis="y", color="#d8dee4", lw=0.7)
+    axes.set_axisbelow(True)
+    if frame[[n for n in (y, low, high) if n]].min(axis=None) < 0:
+        axes.axhline(0, color="grey", lw=0.8)
+    _heading(axes, title, note)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=min(3, len(names)), frameon=False)
+    return save(figure, path)
+
+
+def selector_table(table: pd.DataFrame, path) -> Path:
+    """Every selector (rows, best first) at every budget (columns): the mean gain of a kept token as a number; blue where its interval lies above that
+    of a random choice of as many tokens, orange where below, white where the two cannot be told apart. table: of `recommend`."""
+    best = table.groupby("selector")["gain_per_kept_token"].max().sort_values(ascending=False)
+    ratios = sorted(table["ratio"].unique())
+    cells = table.set_index(["selector", "ratio"])
+    figure, axes = new_figure(max(5.2, 2.6 + 0.85 * len(ratios)), 1.3 + 0.23 * len(best))
+    reach = max(float(table["vs_random"].abs().max()), 1e-12)
+    for row, name in enumerate(best.index):
+        for column, ratio in enumerate(ratios):
+            if (name, ratio) not in cells.index:
+                continue
+            cell = cells.loc[(name, ratio)]
+            told = cell["verdict"] in ("better than random", "worse than random")
+            strength = 0.12 + 0.55 * abs(float(cell["vs_random"])) / reach if told else 0.0
+            colour = OKABE_ITO[0] if cell["vs_random"] > 0 else OKABE_ITO[4]
+            axes.barh(row, 0.96, left=column + 0.02, height=0.92, color=colour, alpha=strength, lw=0)
+            few = "*" if cell["keep_ratio"] < 0.9 * ratio else ""
+            axes.text(column + 0.5, row, f"{cell['gain_per_kept_token']:.3g}{few}", ha="center", va="center", fontsize=8)
+    axes.set(ylim=(len(best) - 0.5, -0.5), xlim=(0, len(ratios)))
+    axes.set_yticks(range(len(best)), best.index, fontsize=8)
+    axes.set_xticks(np.arange(len(ratios)) + 0.5, [f"{100 * r:.3g} %" for r in ratios])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.suptitle("Gain of a kept token, nats, by selector and budget", x=0.01, ha="left", fontsize=11, weight="bold")
+    figure.supxlabel("blue: better than a random choice of as many tokens (95 %); orange: worse;\nwhite: cannot be told apart; *: keeps fewer than asked",
+                     fontsize=8, color=SOFT, x=0.01, ha="left")  # fmt: skip
+    return save(figure, path)

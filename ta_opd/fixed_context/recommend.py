@@ -123,7 +123,7 @@ def _row(name, ratio, weights, note, g: SelectionGain, frame, pos, last) -> dict
     return {
         "selector": name, "ratio": ratio, "keep_ratio": g.keep_ratio, "n_keep": g.n_keep, "gain_per_kept_token": g.mean_gain.estimate,
         "ci_low": g.mean_gain.low, "ci_high": g.mean_gain.high, "vs_random": against.estimate, "vs_random_ci_low": against.low,
-        "vs_random_ci_high": against.high, "verdict": "reference" if name == FULL else verdict, "share_of_gain": g.share_of_gain,
+        "vs_random_ci_high": against.high, "verdict": {FULL: "reference", "random": "one draw of it"}.get(name, verdict), "share_of_gain": g.share_of_gain,
         "contexts_with_none": g.contexts_with_none, "effective_contexts": g.effective_contexts,
         "early_share": float((pos[inside] <= EARLY).mean()) if inside.any() else float("nan"),
         "last_token_share": float(last[inside].mean()) if inside.any() else float("nan"), **mean_of, "note": note,
@@ -144,8 +144,7 @@ def _warnings(ranked: pd.DataFrame, overall: dict, not_run: dict) -> list[str]:
     rules = ranked[(ranked["selector"] != FULL) & (ranked["selector"] != "random")]
     worse = rules[rules["verdict"] == "worse than random"]
     if len(worse):
-        named = ", ".join(f"{r.selector} at {r.ratio:g} ({r.vs_random:+.4g})" for r in worse.itertuples())
-        out.append(f"Loses to a random choice of as many tokens: {named}.")
+        out.append(f"Loses to a random choice of as many tokens: {_named(worse, differences=True)}.")
     better = rules[rules["verdict"] == "better than random"]
     if len(rules) and not len(better):
         out.append("No selective rule is measurably better than random for this pair: prefer full training, or random if compute must be saved.")
@@ -176,11 +175,20 @@ def _warnings(ranked: pd.DataFrame, overall: dict, not_run: dict) -> list[str]:
     for column, share, where in (("last_token_share", 0.5, "the last token of responses"), ("early_share", 0.6, "the first tenth of responses")):
         there = rules[rules[column] > share]
         if len(there):
-            named = ", ".join(f"{r.selector} at {r.ratio:g}" for r in there.itertuples())
-            out.append(f"Most of the budget falls on {where}, which can shift response lengths: {named}.")
+            out.append(f"Most of the budget falls on {where}, which can shift response lengths: {_named(there)}.")
     if not_run:
         out.append("Not judged (the table lacks what they need): " + "; ".join(f"{n}: {why}" for n, why in not_run.items()))
     return out
+
+
+def _named(rows: pd.DataFrame, *, differences: bool = False) -> str:
+    """ "prefix at 0.1, 0.2 (-0.03 to -0.01); iw_opd at 0.1 (-0.02)": a selector once, with its budgets and, where asked, its differences to random."""
+    said = []
+    for name, own in rows.sort_values("ratio").groupby("selector", sort=False):
+        low, high = own["vs_random"].min(), own["vs_random"].max()
+        span = f"{low:+.3g} to {high:+.3g}" if f"{low:.3g}" != f"{high:.3g}" else f"{low:+.3g}"
+        said.append(f"{name} at {', '.join(f'{r:g}' for r in own['ratio'])}" + (f" ({span})" if differences else ""))
+    return "; ".join(said)
 
 
 def write_recommendation(result: Recommendation, output_dir) -> Path:
@@ -194,18 +202,14 @@ def write_recommendation(result: Recommendation, output_dir) -> Path:
     )  # fmt: skip
     (out / "selector_recommendation.md").write_text(as_markdown(result))
     shown = result.table[result.table["selector"] != FULL]
-    best = shown.groupby("selector")["gain_per_kept_token"].max().sort_values(ascending=False).index[:8]
-    shown = shown[shown["selector"].isin(best)]
-    if shown["ratio"].nunique() > 1:
-        plots.curves(
-            shown, "ratio", "gain_per_kept_token", "selector", out / "selector_recommendation.png", low="ci_low", high="ci_high",
-            title="Expected gain per kept token (8 best selectors; band: 95 % cluster bootstrap)",
-        )  # fmt: skip
+    if len(shown):
+        plots.selector_table(shown, out / "selector_recommendation.png")
     return out
 
 
-def as_markdown(result: Recommendation) -> str:
-    """The recommendation as a page: warnings, overall gain, ranking."""
+def as_markdown(result: Recommendation, most: int | None = None) -> str:
+    """The recommendation as a page: warnings, overall gain, ranking. most: so many rows of it, one a selector (its best budget), in fewer columns;
+    then the references. None: every selector at every budget."""
     overall = result.overall
     lines = ["# Which selector for this teacher and student?\n"]
     lines += [f"- **Warning.** {text}" for text in result.warnings] or ["- No warning."]
@@ -224,7 +228,14 @@ def as_markdown(result: Recommendation) -> str:
     lines += [f"- {note}" for note in result.notes]
     shown = ["rank", "selector", "ratio", "keep_ratio", "gain_per_kept_token", "ci_low", "ci_high", "vs_random", "vs_random_ci_low",
              "vs_random_ci_high", "verdict", "share_of_gain", "note"]  # fmt: skip
-    lines.append("\n" + to_markdown(result.table[shown]))
+    table = result.table
+    if most is not None:
+        shown = [c for c in shown if not c.startswith("vs_random_ci") and c != "note"]
+        told = table.drop_duplicates("selector")
+        reference = told["selector"].isin([FULL, "random"])
+        table = pd.concat([told[~reference].head(most), told[reference]])
+        lines.append(f"\nThe best {min(most, int((~reference).sum()))} of {int((~reference).sum())} selectors, each at its best budget:")
+    lines.append("\n" + to_markdown(table[shown]))
     lines.append(
         "`vs_random`: difference to the mean gain of all tokens, which is what a random choice expects. `share_of_gain`: of the total gain of "
         "full training, how much lies on the kept tokens."
