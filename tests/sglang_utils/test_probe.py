@@ -1,5 +1,6 @@
 """The start-up probe against fake servers: what it asks fits the run, and what it says. Real servers are in test_real_server.py."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +79,37 @@ async def _short(self, request):
     from aiohttp import web
 
     return web.json_response({"context_length": 50})
+
+
+@pytest.mark.parametrize("external", [None, ["http://a", "http://b"]])
+def test_engines_of_somebody_else_may_still_serve_the_weights_of_an_earlier_run(monkeypatch, fake, tmp_path, external):
+    """One of two was started again since: the probe ended the run that would have sent the weights to both."""
+    monkeypatch.setattr(probing, "load_tokenizer", lambda path, trust=False: make_tokenizer())
+    (tmp_path / "config.json").write_text('{"vocab_size": 5000}')
+    one, other, teacher = fake(), fake(), fake()
+    for server, by in ((one, 0.5), (other, 1.0)):
+        monkeypatch.setattr(server, "reply", functools.partial(_shifted, server.reply, by))
+    monkeypatch.setattr(SGLangClient, "model_info", _model_info(tmp_path))
+    args = SimpleNamespace(hf_checkpoint=str(tmp_path), rollout_temperature=1.0, opd_topk_metrics_k=4, sglang_dtype="float32",
+                           rollout_max_context_len=80, student_config={"vocab_size": 5000}, rollout_external_engine_addrs=external)  # fmt: skip
+    clients = [SGLangClient(urls, timeout=5, retries=0, wait_timeout=1) for urls in ([one.url, other.url], [teacher.url])]
+    found = {c.name: c for c in probe(args, clients[0], {"default": clients[1]})}
+    for client in clients:
+        client.close()
+    for name in ("student: replicas agree", "teacher: KL to student"):
+        assert found[name].ok is (None if external else False) and ("are sent to them next" in found[name].found) == bool(external), found[name]
+    assert not external or not [c for c in found.values() if c.failed]
+
+
+def _shifted(reply, by, body):
+    found = reply(body)
+    for entry in (found["meta_info"].get("input_token_logprobs") or [])[1:] + found["meta_info"]["output_token_logprobs"]:
+        entry[0] -= by
+    return found
+
+
+def _model_info(folder):
+    async def model_info(self):
+        return [{"model_path": str(folder), "weight_version": "1"} for _ in self.urls]
+
+    return model_info

@@ -17,6 +17,7 @@ from ta_opd.errors import TaOpdError
 TEXT = "On-policy distillation: 12 + 34 = 46, so the answer is 46.\nA46"
 # Largest difference of a log-prob that arithmetic alone explains, by dtype of the engines
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+_LATER = "; the student's weights are sent to them next"
 _TOKENS, _NEW_TOKENS = 64, 8  # of the probe's text and of what is sampled after it, where the context has room
 
 
@@ -55,6 +56,8 @@ class _Probe:
     def __init__(self, args, student, teachers):
         self.args, self.student, self.teachers = args, student, teachers
         self.checks: list[Check] = []
+        # engines that somebody else started serve what an earlier run has sent them, until this one sends its own
+        self.sent_later = bool(getattr(args, "rollout_external_engine_addrs", None))
         self.tolerance = TOLERANCE.get(getattr(args, "sglang_dtype", None) or "bfloat16", 0.25)
         self.tokenizer = load_tokenizer(args.hf_checkpoint, getattr(args, "trust_remote_code", False))
         ids = self.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
@@ -120,8 +123,9 @@ class _Probe:
                   for url in client.urls]  # fmt: skip
         values = [s.log_probs for s in scores if s is not None]
         gap = float(max(np.abs(v - values[0]).max() for v in values)) if values else float("nan")
-        self.add(f"{name}: replicas agree", len(values) == len(client.urls) and gap <= self.tolerance,
-                 f"{len(values)} of {len(client.urls)} answer, largest difference {gap:.2g}",
+        agree, later = gap <= self.tolerance, client is self.student and self.sent_later
+        self.add(f"{name}: replicas agree", False if len(values) < len(client.urls) else None if later and not agree else agree,
+                 f"{len(values)} of {len(client.urls)} answer, largest difference {gap:.2g}{_LATER if later and not agree else ''}",
                  "replicas serve different models, dtypes or weights: give each URL the same one")  # fmt: skip
 
     async def _teacher(self, key: str, client: SGLangClient) -> None:
@@ -161,7 +165,9 @@ class _Probe:
         theirs = await self._try(f"{name}: KL to student", client.score(self.ids, length), "")
         if ours and theirs:
             gap = float(np.abs(ours.log_probs - theirs.log_probs).max())
-            self.add(f"{name}: KL to student", gap <= self.tolerance, f"same model on both sides, log-probs differ by at most {gap:.2g}",
+            same = gap <= self.tolerance
+            self.add(f"{name}: KL to student", None if self.sent_later and not same else same,
+                     f"same model on both sides, log-probs differ by at most {gap:.2g}{_LATER if self.sent_later and not same else ''}",
                      "the student's engines do not serve --hf-checkpoint; was another model loaded?")  # fmt: skip
 
     async def _vocabulary(self, name: str, client: SGLangClient, path: str) -> None:
