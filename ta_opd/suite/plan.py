@@ -102,13 +102,18 @@ def make_rows(settings: Settings, environment: dict[str, str]) -> list[Row]:
             run_dir = settings.output_root / name
             env = {
                 "RUN_NAME": name, "SAVE_DIR": str(run_dir), "METHOD_NAME": entry.method, "OPD_BUDGET_MASK": entry.mask,
-                "OPD_BUDGET_RATIO": f"{entry.ratio:g}", "SEED": str(seeds.train), "ROLLOUT_SEED": str(seeds.rollout),
+                "OPD_BUDGET_RATIO": _exact(entry.ratio), "SEED": str(seeds.train), "ROLLOUT_SEED": str(seeds.rollout),
                 "OPD_BUDGET_MASK_SEED": str(seeds.mask), "OPD_TOKEN_BANK_DIR": "", "RAY_JOB_ID": "",
             }  # fmt: skip
             env |= _ports(environment, entry.index)
             eval_dir = settings.directory / f"{entry.mask}_{tag}_{seeds.label}"
             rows.append(Row(name, entry, seeds, run_dir, eval_dir, env))
     return rows
+
+
+def _exact(ratio: float) -> str:
+    """The ratio with all its digits: 0.1, 1, 0.12345678."""
+    return repr(ratio).removesuffix(".0")
 
 
 def _ports(environment: dict[str, str], index: int) -> dict[str, str]:
@@ -271,5 +276,5 @@ def write_mapping(settings: Settings) -> Path:
         writer = csv.writer(file)
         writer.writerow(["method", "mask", "ratio", "idx", "notes"])
         for entry in settings.entries:
-            writer.writerow([entry.method, entry.mask, f"{entry.ratio:g}", entry.index, entry.notes])
+            writer.writerow([entry.method, entry.mask, _exact(entry.ratio), entry.index, entry.notes])
     return path

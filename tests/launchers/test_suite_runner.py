@@ -260,6 +260,11 @@ def test_identity_leaves_out_where_it_runs():
         plan.identity_of("python other.py")
 
 
+def test_a_budget_reaches_its_run_with_all_its_digits(root):
+    rows = plan.make_rows(settings(root, entries="entropy:0.12345678 tip:0.10 pure_opd:1.0 random:1e-5"), {})
+    assert [row.env["OPD_BUDGET_RATIO"] for row in rows] == ["0.12345678", "0.1", "1", "1e-05"]
+
+
 def test_a_suite_of_asynchronous_runs_knows_them_from_others():
     asynchronous = plan.identity_of("python /p/train_async.py --lr 1e-6")
     assert asynchronous == ("--lr 1e-6", "train_async.py")
