@@ -92,6 +92,13 @@ _ARGUMENT = {
 MASK_CHOICES = tuple(dict.fromkeys([*RELEASED_MASKS, *(selector.name for selector in list_selectors())]))
 
 
+# Columns whose mean over valid tokens is in the summary. Coverlap and the two masses are the overlap of the field's other stacks.
+SUMMARY_MEANS = (
+    "Hs_topk", "Ht_topk", "KLf_union", "Cmass", "Coverlap", "student_topk_mass", "teacher_topk_mass", "H_norm", "D_norm", "C_norm",
+    "tip_score", "ca_softor_score", "reach_t1", "Cmass_exact",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SelectionConfig:
     """Everything that decides a selection. A field left None takes the selector's own recipe, else the profile's value.
@@ -243,6 +250,7 @@ def select_tokens(
     }
     weights_T = picked.weights.astype(np.float32) * picked.keep
     summary = _summary(columns, picked, valid_T, num_valid, config, name, warnings)
+    summary |= _positions(rows, valid_T, picked.keep)
     return Selection(picked.keep, weights_T, scores, picked.budget, num_valid, summary)
 
 
@@ -370,10 +378,17 @@ def _summary(columns, picked: _Picked, valid_T, num_valid: int, config, name: st
         "budget_ratio": config.ratio,
         "warnings": warnings,
     }
-    for column in ("Hs_topk", "KLf_union", "Cmass", "H_norm", "D_norm", "C_norm", "tip_score", "ca_softor_score", "reach_t1", "Cmass_exact"):
+    for column in SUMMARY_MEANS:
         if column in columns:
             summary[f"mean_{column}"] = float(columns[column][valid_T].mean(dtype=np.float64)) if num_valid else 0.0
     return summary
+
+
+def _positions(rows: Rows, valid_T, keep_T) -> dict[str, float]:
+    """Mean place in the response, 0 first to 1 last, of valid and of kept tokens: a rule may only be one for early tokens."""
+    last_T = np.maximum(rows.response_lengths - 1, 1)[rows.sample]
+    place_T = rows.tok_pos / last_T
+    return {f"{name}_position": float(place_T[mask].mean()) if mask.any() else 0.0 for name, mask in (("valid", valid_T), ("kept", keep_T))}
 
 
 def with_mask(config: SelectionConfig, mask: str, ratio: float) -> SelectionConfig:

@@ -28,6 +28,11 @@ def test_numbers_by_teacher():
     assert not [key for key in rollout_metrics([sample(0.5, 4)], None) if key.startswith("teacher/")]
 
 
+def test_what_a_selection_kept_of_each_teachers_tokens():
+    kept = rollout_metrics([sample(1.0, 4, "code", mask=[0, 1, 1, 1], weights=[0, 2, 0, 0]), sample(1.0, 2, "maths", weights=[1, 1])], None)
+    assert kept["teacher/code/keep_ratio"] == pytest.approx(1 / 3) and kept["teacher/maths/keep_ratio"] == 1
+
+
 def test_positions_that_are_no_targets_and_tokens_that_are_not_kept():
     found = rollout_metrics([sample(1.0, 4, mask=[0, 1, 1, 1], weights=[1, 1, 0, 0]), sample(3.0, 4, weights=[0, 0, 0, 1])], None)
     assert found["rollout/valid_tokens"] == 7 and found["rollout/kept_tokens"] == 2 and found["rollout/keep_ratio"] == pytest.approx(2 / 7)

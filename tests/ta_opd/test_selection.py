@@ -221,8 +221,17 @@ def test_columns_and_summary():
     summary = selection.summary
     assert summary["num_kept_tokens"] == selection.keep.sum() == selection.budget
     assert summary["mean_H_norm"] == pytest.approx(selection.columns["H_norm"].mean())
-    assert summary["mean_reach_t1"] == pytest.approx(metrics["reach_t1"].mean())
+    for name in ("reach_t1", "Coverlap", "student_topk_mass", "teacher_topk_mass", "Ht_topk"):
+        assert summary[f"mean_{name}"] == pytest.approx(metrics[name].mean())
     pickle.loads(pickle.dumps(selection))
+
+
+def test_the_summary_says_where_in_the_responses_tokens_were_kept():
+    first = select_tokens(plain(21), np.ones(21), [10, 0, 11], SelectionConfig(mask="prefix", ratio=0.2, min_keep=0))
+    assert first.summary["valid_position"] == pytest.approx(0.5)
+    assert first.summary["kept_position"] == pytest.approx((0 + 1 / 9 + 0 + 0.1 + 0.2) / 5)
+    nothing = select_tokens(plain(4), np.zeros(4), [4], SelectionConfig(mask="prefix", ratio=0.2))
+    assert nothing.summary["kept_position"] == nothing.summary["valid_position"] == 0
 
 
 def test_config_from_arguments():

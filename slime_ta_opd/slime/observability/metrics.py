@@ -57,11 +57,16 @@ def rollout_metrics(samples: Sequence[Sample], selection: dict[str, Any] | None)
 
 
 def rollout_metrics_pair(samples: Sequence[Sample], rows: Sequence[int]) -> dict[str, float]:
-    """Sample count and reverse KL of the given samples (one of several teachers)."""
+    """Sample count, reverse KL and, after a selection, share of valid tokens kept, of the given samples (one of several teachers)."""
     pairs = [(samples[i].rollout_log_probs, samples[i].teacher_log_probs, samples[i].valid_mask()) for i in rows]
     known = [(s - t)[v] for s, t, v in pairs if s is not None and t is not None]
     flat = np.concatenate(known) if known else np.zeros(0)
-    return {"samples": float(len(rows)), "reverse_kl_valid": _mean(flat, np.ones(len(flat), bool))}
+    found = {"samples": float(len(rows)), "reverse_kl_valid": _mean(flat, np.ones(len(flat), bool))}
+    answered = [samples[i] for i in rows if samples[i].response_length > 0]
+    if answered and all(s.opd_weights is not None for s in answered):
+        valid = sum(int(s.valid_mask().sum()) for s in answered)
+        found["keep_ratio"] = sum(int((s.valid_mask() & (s.opd_weights > 0)).sum()) for s in answered) / max(valid, 1)
+    return found
 
 
 def staleness(samples: Sequence[Sample]) -> dict[str, float]:
