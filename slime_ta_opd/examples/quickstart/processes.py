@@ -85,6 +85,7 @@ def environment(threads: int) -> dict[str, str]:
     return dict(os.environ) | {
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "1", "PYTHONUNBUFFERED": "1",
+        "TA_OPD_PROGRESS": "bar" if sys.stdout.isatty() else "lines",  # train.py writes into a pipe, which `train` shows on a terminal
     }  # fmt: skip
 
 

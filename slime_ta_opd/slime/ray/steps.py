@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from slime.observability.console import tell_start
 from slime.ray.actor_group import create_actor_group
 from slime.ray.placement import create_placement
 from slime.ray.rollout import Batch, create_rollout_manager
@@ -19,6 +20,7 @@ class Steps:
     def __init__(self, args, run: Run):
         self.args, self.run = args, run
         placement = run.owns(create_placement(args))
+        tell_start(args, placement.layout)
         self.rollout = run.owns(create_rollout_manager(args, placement))  # student engines and teacher servers, starting
         self.actors = run.owns(create_actor_group(args, placement))  # Megatron ranks, starting at the same time
         self.start = run.resume(self.actors.init(), self.rollout)

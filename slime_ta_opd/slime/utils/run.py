@@ -12,15 +12,14 @@ from typing import Any
 
 import orjson
 import ray
-from tqdm import tqdm
 
+from slime.observability.console import RolloutProgress, say, tell_end
 from slime.observability.timer import Timer, write_trace
 from slime.observability.trackers import Trackers
 from slime.utils import config_file
 from slime.utils.reaper import Reaper
 from slime.utils.stop import StopRequest, Terminated
-
-SHOWN = {"kl": "rollout/reverse_kl_valid", "kept": "rollout/keep_ratio", "len": "rollout/response_length", "loss": "train/loss"}
+from ta_opd.errors import ConfigError
 
 
 class Run:
@@ -36,12 +35,15 @@ class Run:
         self.final_eval: dict[str, Any] = {}
         self.start = 0
         self.last = self.saved = self.saving = -1  # the rollouts that were finished, saved, and begun to be saved last
-        self.bar: tqdm | None = None
+        self.progress: RolloutProgress | None = None
         self.stop = StopRequest(can_save=bool(args.save) and not args.debug_rollout_only)
 
     def __enter__(self) -> Run:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "DONE").unlink(missing_ok=True)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "DONE").unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output-dir {self.dir}: expected a directory that can be written, got {error}; give another one") from error
         config_file.dump(self.args, self.dir / "config.yaml")
         self.began = time.time()
         self.had_ray = ray.is_initialized()
@@ -51,8 +53,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.stop.ignore()
-        if self.bar is not None:
-            self.bar.close()
+        if self.progress is not None:
+            self.progress.close()
         ends = [thing.stop for thing in reversed(self.owned) if hasattr(thing, "stop")]
         for end in [self.trackers.close, *ends] if self.trackers is not None else ends:
             try:
@@ -76,6 +78,7 @@ class Run:
             done = {"run_name": self.args.run_name, "num_rollout": self.args.num_rollout, "start_rollout_id": self.start, "final": self.final_eval,
                     "seconds": round(time.time() - self.began, 3)}  # fmt: skip
             _write(self.dir / "DONE", orjson.dumps(done, option=orjson.OPT_INDENT_2))
+            tell_end(self.args, self.dir, self.args.num_rollout - self.start, done["seconds"])
 
     def owns(self, thing: Any) -> Any:
         self.owned.append(thing)
@@ -100,11 +103,10 @@ class Run:
         return {"rollout": rollout.state(rollout_id), "config": config_file.resolved(self.args)}
 
     def rollouts(self, start: int) -> Iterator[int]:
-        self.bar = tqdm(range(start, self.args.num_rollout), desc=self.args.run_name, initial=start,
-                        total=self.args.num_rollout, unit="step", dynamic_ncols=True, file=sys.stdout)  # fmt: skip
+        self.progress = RolloutProgress(self.args.run_name, start, self.args.num_rollout)
         self.last = self.saved = self.saving = start - 1
         self.stop.stage = "rollouts"
-        for rollout_id in self.bar:
+        for rollout_id in self.progress:
             if self.stop.asked and self.saved == self.last:  # else it was asked for too late for the save of that rollout
                 break
             self.step_began = time.time()
@@ -160,11 +162,12 @@ class Run:
 
     def _remember(self, rollout_id: int, results: dict[str, dict[str, Any]]) -> None:
         self.final_eval = {name: {k: v for k, v in r.items() if isinstance(v, (int, float))} for name, r in results.items()}
+        when = f"after {rollout_id + 1} rollouts" if rollout_id >= 0 else "before training"
         for name, r in results.items():
-            tqdm.write(f"evaluation after rollout {rollout_id}: {name} accuracy {r['accuracy']:.3f} ({r['num_prompts']} prompts)")
+            say(f"evaluation {when}: {name} accuracy {r['accuracy']:.3f} ({r['num_prompts']} prompts)")
 
     def log(self, rollout_id: int, batch) -> None:
-        """Joins the phases of driver and manager, writes one line and moves the bar."""
+        """Joins the phases of driver and manager, writes one line and tells how far the run is."""
         seconds = {**batch.seconds, **self.timer.take(), "total": time.time() - self.step_began}
         metrics = batch.metrics | {f"seconds/{k}": v for k, v in seconds.items()}
         tokens = metrics.get("rollout/valid_tokens", 0.0)
@@ -173,7 +176,7 @@ class Run:
                 metrics[f"tokens_per_second/{phase}"] = tokens / seconds[phase]
         self.spans += self.timer.take_spans() + batch.spans if self.args.trace else []
         self.trackers.log(rollout_id, metrics)
-        self.bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in SHOWN.items() if m in metrics}, refresh=False)
+        self.progress.step(rollout_id, metrics, seconds)
 
 
 def _write(path: Path, content: bytes) -> None:

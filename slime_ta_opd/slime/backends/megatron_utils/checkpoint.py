@@ -29,7 +29,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint import FileSystemWriter, save_state_dict
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as save_distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
 from slime.backends.megatron_utils.distributed import first_error
@@ -259,9 +260,9 @@ class _InProcessSave(SaveShardedStrategy):
 
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        save_state_dict(
+        save_distributed(
             mcore_to_pyt_state_dict(by_key, False),
-            FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
