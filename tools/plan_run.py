@@ -10,6 +10,7 @@ Rates come from benchmarks/results/rates.json; the output says which are measure
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from slime.planning.layout import MODES, SEARCHED, Layout, Servers, Split
 from slime.planning.models import load_model
 from slime.planning.predict import PHASES, Machine, Prediction, Task, predict
 from slime.planning.rates import load_rates
-from slime.planning.render import ROW_HEAD, as_dict, markdown_limits, markdown_row, show
+from slime.planning.render import ROW_HEAD, as_dict, flags, markdown_limits, markdown_row, show
 from slime.planning.search import best_plan
 from slime.planning.workload import CUTS, Workload
 from ta_opd.errors import ConfigError, DataError, TaOpdError
@@ -153,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(as_dict(task, prediction), indent=1))
     elif args.markdown:
         print("\n".join([ROW_HEAD, markdown_row(task, prediction), "", "| part | seconds | share | load |", "|---|---|---|---|", *markdown_limits(task, prediction)]))
+    elif importlib.util.find_spec("rich") is None:  # an environment for analysing only
+        print("\n".join([ROW_HEAD, markdown_row(task, prediction), "", "flags of train.py:", " ".join(flags(task, prediction))]))
     else:
         from rich.console import Console
 

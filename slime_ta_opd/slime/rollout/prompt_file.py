@@ -82,16 +82,31 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, dict]]:
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # the byte order mark that some editors write
             if not line.strip():
                 continue
             where = f"{path} line {number}"
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise DataError(f"{where}: expected one JSON object, got {_shorten(line)} ({error})") from error
+                raise DataError(f"{where}: expected one JSON object, got {_shorten(line)} ({error}){_hint(path, line)}") from error
             if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+                hint = "; a list of objects becomes JSONL when each stands on a line of its own" if isinstance(row, list) else ""
+                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}{hint}")
             yield where, row
+
+
+def _hint(path: Path, line: bytes) -> str:
+    """What to do about a line that is not JSON, where its file tells."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "; save the file as UTF-8"
+    if path.suffix in (".csv", ".tsv"):
+        return "; tables in CSV are not read: write them as parquet or JSONL"
+    if line.strip() in (b"[", b"{"):
+        return "; the file is one JSON value over many lines: write one object a line"
+    return ""
 
 
 def _shorten(line: bytes) -> str:

@@ -13,6 +13,7 @@ from slime.backends.megatron_utils.losses.reduction import REDUCTIONS
 from slime.backends.megatron_utils.losses.registry import LOSS_TYPES
 from slime.backends.sglang_utils.router import POLICIES as ROUTER_POLICIES
 from slime.utils import config_file
+from ta_opd.errors import ConfigError
 from ta_opd.selection import MASK_CHOICES
 
 # Megatron/slime flags of known launchers that decide nothing in this tree: flag -> number of values
@@ -50,9 +51,16 @@ SHAPE_FLAGS = {
 }  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage of 200 flags in front of it would hide that."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message.removeprefix('argument ')}; --help explains every flag")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of train.py; groups follow the stages of a run."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train.py",
         description="On-policy distillation with token selection (SGLang, Ray, Megatron-core).",
         allow_abbrev=False,

@@ -41,10 +41,10 @@ def print_plan(args) -> None:
         rows = total * args.rollout_max_response_len * args.num_rollout
         width = 16 * args.opd_topk_metrics_k if args.opd_token_bank_raw_topk else 0
         lines.append(f"token bank: {args.opd_token_bank_dir}, at most about {human_bytes(rows * (150 + width))}")
-    print("\n".join(lines))
-    print("\nresolved configuration")
+    print("resolved configuration")
     for key, value in config_file.resolved(args).items():
         print(f"  {key}: {value}")
+    print("\n" + "\n".join(lines))  # last, where a terminal shows it
 
 
 def _host_memory(args, parameters: float) -> list[str]:
