@@ -40,6 +40,12 @@ DEFAULTS: dict[str, Any] = {
     "opd_metric_q_high": None,
     "opd_metric_population": None,
     "opd_softor_source": None,
+    "opd_quadrant_cut": None,
+    "opd_budget_rounding": None,
+    "opd_budget_min_keep_score": None,
+    "opd_budget_low_ties": None,
+    "opd_budget_random_source": None,
+    "opd_budget_reported_score": None,
     "opd_selector_path": None,
     # where it is written
     "opd_token_bank_dir": None,
@@ -53,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "request_retries": 5,
     "teacher_concurrency": 64,
 }
+OURS = ("opd_budget_", "opd_metric_", "opd_token_bank_", "opd_exact_cmass")  # names that a later slime will hardly use
 OVERFLOWS = ("fallback", "truncate", "error")
 NO_SELECTION = ("none", "full")
 
@@ -109,9 +116,11 @@ def check_training(args: Any) -> None:
     """
     known = [*DEFAULTS, "opd_type", "opd_kl_coef", "opd_teacher_load", "opd_teacher_ckpt_step"]
     for name in vars(args):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.9) if name.startswith("opd_") and name not in known else []
-        if near:
-            raise ConfigError(f"unknown option {name!r}; did you mean {near[0]!r}?")
+        if not name.startswith("opd_") or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if name.startswith(OURS) else 0.9)
+        if near or name.startswith(OURS):
+            raise ConfigError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if not getattr(args, "use_opd", True):
         raise ConfigError("the opd_* options do nothing without distillation: pass --use-opd --opd-type sglang")
     if getattr(args, "opd_type", "sglang") != "sglang":

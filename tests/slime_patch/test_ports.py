@@ -15,7 +15,9 @@ import yaml
 from port_helpers import REPO, Server, kept_rows, load_cases, make_stock, run_stock, student_of, teacher_of
 
 from ta_opd.errors import TaOpdError
+from ta_opd.selection import _ARGUMENT
 from ta_opd.slime_patch.hooks import post_process_rewards
+from ta_opd.slime_patch.options import DEFAULTS, check_training
 from ta_opd.token_bank import read_bank
 
 CASES = {case["name"]: case for case in load_cases()}
@@ -159,6 +161,8 @@ def test_without_the_log_hook_the_rollout_id_comes_from_the_data_source(tmp_path
         ({"opd_type": "megatron"}, "needs --opd-type sglang"),
         ({"rollout_temperature": 0.7}, "rollout_temperature: expected 1.0"),
         ({"opd_budget_masks": "tip"}, "did you mean 'opd_budget_mask'"),
+        ({"opd_budget_seed": 7}, "did you mean 'opd_budget_mask_seed'"),
+        ({"opd_quadrant_cuts": "rank"}, "did you mean 'opd_quadrant_cut'"),
         ({"opd_divergence_support": "exact"}, "opd_divergence_support: expected union_floor or union_tail"),
         ({}, "sample 4 was not scored by the teacher"),
     ],
@@ -168,6 +172,11 @@ def test_settings_that_cannot_work_are_refused(wrong, message):
     sample = SimpleNamespace(index=4, reward=1.0, response_length=2, metadata={})
     with pytest.raises(TaOpdError, match=message):
         post_process_rewards(args, [sample])
+
+
+def test_every_option_of_a_selection_is_listed_with_its_default():
+    assert set(_ARGUMENT.values()) <= set(DEFAULTS)
+    check_training(SimpleNamespace(opd_type="sglang", **dict.fromkeys(_ARGUMENT.values())))
 
 
 PARTIAL = """
