@@ -76,6 +76,20 @@ def test_secrets_stay_out_of_the_saved_configuration(tmp_path):
     assert "hunter2" not in (tmp_path / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("words", [["--rm-url", "http://me:hunter2@host:1/generate"], ["--teacher", "a=https://hunter2@host"],
+                                   ["--rollout-external-engine-addrs", "http://host:1", "http://u:hunter2@host:2"],
+                                   ["--sglang-admin-api-key", "hunter2"], ["--sglang-ssl-keyfile-password=hunter2"]])  # fmt: skip
+def test_a_secret_in_a_place_that_is_seen_is_refused_and_not_repeated(words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        parse_args(words)
+    assert "SLIME_SGLANG_API_KEY" in str(caught.value) and "hunter2" not in str(caught.value)
+    if words[0] == "--rm-url":
+        (tmp_path / "run.yaml").write_text(f"rm_url: [{words[1]!r}]\n")
+        with pytest.raises(ConfigError, match="without user and password"):
+            parse_args(["--config", str(tmp_path / "run.yaml")])
+    parse_args(["--rm-url", "http://host:1/generate?path=a@b", "--sglang-skip-tokenizer-init", "--sglang-api-key", "x"])
+
+
 def test_the_file_takes_what_the_run_saved(tmp_path):
     first = parse_args(["--lr", "0.5", "--teacher", "a=http://x", "--eval-prompt-data", "m", "f.jsonl"])
     config_file.dump(first, tmp_path / "config.yaml")

@@ -14,6 +14,8 @@ import yaml
 from ta_opd.errors import ConfigError
 
 SECRETS = ("sglang_api_key",)
+_SECRET_ENDS = ("-api-key", "-password")  # of SGLang's own flags
+_ADDRESSES = ("rm_url", "teacher", "rollout_external_engine_addrs")
 
 
 def json_value(text: str) -> Any:
@@ -36,7 +38,20 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     args, unknown = parser.parse_known_args(argv)
     args.sglang_passthrough = args.sglang_passthrough + _sglang_passthrough(parser, unknown)
     args.flag_names = sorted(a.dest for a in parser._actions if a.option_strings and a.dest != "help")
+    _refuse_secrets(args)
     return args
+
+
+def _refuse_secrets(args: argparse.Namespace) -> None:
+    """ConfigError for secrets where they would be seen: in addresses, which are logged and saved, and among the servers' own arguments."""
+    advice = "it would stand in logs, the saved configuration and process lists; for the servers' key use SLIME_SGLANG_API_KEY"
+    for name in _ADDRESSES:
+        for address in getattr(args, name, None) or []:
+            if "@" in address.partition("://")[2].partition("/")[0]:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected an address without user and password, got one with them; {advice}")
+    for word in args.sglang_passthrough:
+        if word.startswith("--") and word.split("=")[0].endswith(_SECRET_ENDS):
+            raise ConfigError(f"--sglang-{word.split('=')[0].removeprefix('--')}: a secret is not handed on; {advice}")
 
 
 def load(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
