@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ta_opd.errors import TaOpdError
@@ -30,6 +31,8 @@ TOP = 6  # entries of a top-k list that are shown
 ROLLOUTS = 3  # first, middle, last
 RESPONSES = 8  # of each rollout
 TOKENS = 600  # of each response
+TOKEN_BYTES = 100  # of one in base64, with lists of both models
+ROLLOUT_SHARE = 0.6  # of the map's bytes, for rollouts
 SEED = 11
 
 
@@ -81,11 +84,13 @@ class Pieces:
 def build(suite: Suite, vocabulary: Vocabulary | None, *, max_bytes: int, notes: list[str]) -> dict:
     """{"pieces": [...], "blocks": [...]} for the page's script; blocks of rollouts first, then of frozen contexts.
 
-    The frozen contexts get what the rollouts leave of `max_bytes` of base64; fewer of them are shown when they do not all fit.
+    Rollouts get at most ROLLOUT_SHARE of `max_bytes` of base64, each run the same part; the frozen contexts get what is left. Fewer
+    responses are shown when they do not all fit.
     """
     pieces = Pieces(vocabulary)
     first_runs = [runs[0] for runs in suite.arms.values()]
-    blocks = [block for run in first_runs if (block := rollout_block(run, pieces, notes)) is not None]
+    room = int(ROLLOUT_SHARE * max_bytes / max(len(first_runs), 1))
+    blocks = [block for run in first_runs if (block := rollout_block(run, pieces, notes, room)) is not None]
     used = sum(_size(block) for block in blocks)
     frozen = frozen_blocks(suite, [run for run in first_runs if run.contexts is not None], pieces, max_bytes - used, notes)
     return {"pieces": pieces.texts, "blocks": blocks + frozen}
@@ -95,18 +100,17 @@ def _size(block: dict) -> int:
     return len(json.dumps(block))
 
 
-def rollout_block(run: Run, pieces: Pieces, notes: list[str]) -> dict | None:
-    """Responses of the first, a middle and the last rollout of one run, chosen at random with a fixed seed; None without a bank."""
-    sample = sample_bank(run, max_rollouts=ROLLOUTS, max_rows=10**9, notes=notes, columns=(*BANK_COLUMNS, *TOPK_COLUMNS))
+def rollout_block(run: Run, pieces: Pieces, notes: list[str], max_bytes: int | None = None) -> dict | None:
+    """Responses of the first, a middle and the last rollout of one run, chosen at random with a fixed seed; None without a bank.
+
+    Fewer and shorter ones where they would take more than about `max_bytes`.
+    """
+    tokens = None if max_bytes is None else max(1, max_bytes // TOKEN_BYTES // ROLLOUTS)
+    sample = sample_bank(run, max_rollouts=ROLLOUTS, max_rows=10**9, notes=notes, columns=(*BANK_COLUMNS, *TOPK_COLUMNS),
+                         pick=lambda part: _draw(part, tokens))  # fmt: skip
     if sample is None:
         return None
-    table, rng = sample.table, np.random.default_rng(SEED)
-    chosen = []
-    for rollout in sample.rollouts:
-        ordinals = np.unique(table.loc[table["rollout_id"] == rollout, "sample_ordinal"])
-        chosen += [(rollout, o) for o in sorted(rng.permutation(ordinals)[:RESPONSES])]
-    keys = pd.MultiIndex.from_frame(table[["rollout_id", "sample_ordinal"]])
-    table = table[keys.isin(chosen) & (table["tok_pos"] < TOKENS)].reset_index(drop=True)
+    table = sample.table
     prompts = _dump_prompts(run, sample.rollouts)
     responses = []
     for (rollout, _), rows in table.groupby(["rollout_id", "sample_ordinal"], sort=True):
@@ -119,7 +123,8 @@ def rollout_block(run: Run, pieces: Pieces, notes: list[str]) -> dict | None:
         "kind": "rollout", "arm": run.key.label, "run": run.name, "quantities": [vars(q) for q in ROLLOUT_QUANTITIES], "raw": RAW,
         "responses": responses, "tokens": _pack_index(pieces.add(table["token_id"].to_numpy(int))),
         "kept": _pack_bits(kept_rows(table)), "selects": run.key.mask != "full", "values": values,
-        "caption": f"{len(responses)} responses drawn at random from rollouts {', '.join(map(str, sample.rollouts))} of {sample.of}",
+        "caption": f"{len(responses)} responses drawn at random from rollouts {', '.join(map(str, sample.rollouts))} of {sample.of}"
+        + (" (more do not fit this file)" if tokens is not None and len(table) > 0.9 * tokens * len(sample.rollouts) else ""),
         "top": {},
     }  # fmt: skip
     if table["student_top_ids"].notna().all():
@@ -128,16 +133,35 @@ def rollout_block(run: Run, pieces: Pieces, notes: list[str]) -> dict | None:
     return block
 
 
+def _draw(part: pa.Table, tokens: int | None) -> pa.Table:
+    """Rows of a bank file that are shown: RESPONSES of each of at most ROLLOUTS rollouts in it, with at most about `tokens` tokens a rollout."""
+    rollout_T, ordinal_T, position_T = (part[name].to_numpy() for name in ("rollout_id", "sample_ordinal", "tok_pos"))
+    rollouts = np.unique(rollout_T)
+    take_T = np.zeros(len(part), bool)
+    for rollout in rollouts[np.unique(np.linspace(0, len(rollouts) - 1, min(ROLLOUTS, len(rollouts))).round().astype(int))]:
+        inside_T, used = (rollout_T == rollout) & (position_T < TOKENS), 0
+        ordinals = np.random.default_rng([SEED, int(rollout)]).permutation(np.unique(ordinal_T[inside_T]))
+        for ordinal in ordinals[:RESPONSES]:
+            rows_T = inside_T & (ordinal_T == ordinal)
+            if tokens is not None and used + rows_T.sum() > tokens:
+                if used:
+                    continue
+                rows_T &= position_T < tokens
+            take_T |= rows_T
+            used += int(rows_T.sum())
+    return part.filter(pa.array(take_T))
+
+
 def _dump_prompts(run: Run, rollouts) -> dict[tuple[int, int], dict]:
     """{(rollout id, sample index): {prompt, label}} from the run's rollout dumps, where it wrote any."""
     pattern = run.config.get("save_debug_rollout_data")
     found: dict[tuple[int, int], dict] = {}
     for rollout in rollouts if pattern else ():
-        file = Path(str(pattern).format(rollout_id=rollout))
-        file = file if file.suffix == ".parquet" else file / f"rollout_{rollout:06d}.parquet"
         try:
+            file = Path(str(pattern).format(rollout_id=rollout))
+            file = file if file.suffix == ".parquet" else file / f"rollout_{rollout:06d}.parquet"
             rows = pq.read_table(file, columns=["sample_index", "prompt", "label"]).to_pylist()
-        except (OSError, ValueError):  # moved or cut off: the map then shows no prompts
+        except (OSError, ValueError, KeyError, IndexError):  # moved, cut off, other braces in the path: the map then shows no prompts
             continue
         found |= {(int(rollout), int(row["sample_index"])): row for row in rows if row["sample_index"] is not None}
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pandas as pd
+import pyarrow as pa
 import yaml
 
 from ta_opd.errors import DataError
@@ -244,9 +245,13 @@ class BankSample:
 
 
 def sample_bank(
-    run: Run, *, max_rollouts: int, max_rows: int, notes: list[str], columns: Sequence[str] = BANK_COLUMNS
-) -> BankSample | None:
-    """Evenly spaced rollouts (first and last included) of a run's bank, whole files, at most about `max_rows` rows; None without a bank."""
+    run: Run, *, max_rollouts: int, max_rows: int, notes: list[str], columns: Sequence[str] = BANK_COLUMNS,
+    pick: Callable[[pa.Table], pa.Table] | None = None,
+) -> BankSample | None:  # fmt: skip
+    """Evenly spaced rollouts (first and last included) of a run's bank, at most about `max_rows` rows; None without a bank.
+
+    pick: the rows of a file that are wanted; whole files without it.
+    """
     if run.bank_dir is None:
         return None
     files = list(rollout_files(run.bank_dir).values()) or bank_files(run.bank_dir)  # by name first: one bad file must not hide the rest
@@ -256,7 +261,8 @@ def sample_bank(
     parts, rows = [], 0
     for path in _alternating(chosen):
         try:
-            part = read_bank_file(path, columns).to_pandas()
+            part = read_bank_file(path, columns)
+            part = (pick(part) if pick else part).to_pandas()
         except DataError as error:
             notes.append(f"{run.name}: {error}")
             continue

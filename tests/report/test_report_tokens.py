@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ta_opd.report import health, heatmap, loading
+from ta_opd.report import figures_tokens, health, heatmap, loading
 from ta_opd.report.figures_tokens import kept_rows, kind_table, valid_rows
 from ta_opd.report.loading import BankSample
+from ta_opd.report.style import arm_styles
 from ta_opd.report.vocabulary import Vocabulary, from_tokenizer_json, kind_of, kinds_in_context, load_vocabulary
 
 
@@ -186,3 +187,26 @@ def test_frozen_block_shows_what_the_rule_would_keep_before_training(suite_dir):
     gain = unpack(blocks["full_1_seed1"]["values"]["gain"])
     expected = (suite.runs[0].contexts["KLf_full_base"] - suite.runs[0].contexts["KLf_full"]).to_numpy()
     np.testing.assert_allclose(np.sort(gain), np.sort(expected), atol=1e-3)
+
+
+def test_rollouts_of_many_methods_share_the_room(suite_dir):
+    """With responses of hundreds of tokens, eight methods filled the page alone and the report ended in an error."""
+    suite = loading.load(suite_dir)
+    blocks = heatmap.build(suite, None, max_bytes=30_000, notes=[])["blocks"]  # 6,000 a run: 20 tokens of each of its three rollouts
+    small = [block for block in blocks if block["kind"] == "rollout"]
+    assert len(small) == 3
+    for block in small:
+        lengths = [r["length"] for r in block["responses"]]
+        assert 3 <= len(lengths) < 24 and sum(lengths) <= 60 and "more do not fit" in block["caption"]
+        assert {r["name"].split(",")[0] for r in block["responses"]} == {"rollout 0", "rollout 2", "rollout 5"}
+    tiny = heatmap.rollout_block(suite.runs[1], heatmap.Pieces(None), [], max_bytes=900)
+    assert [(r["length"], r["of"] > 3) for r in tiny["responses"]] == [(3, True)] * 3
+
+
+def test_tokens_that_look_like_mathematics_are_drawn_as_they_are(suite_dir):
+    """`$$` is a token of answers in mathematics; read as a formula it ended the report."""
+    suite = loading.load(suite_dir)
+    samples = {key: loading.sample_bank(runs[0], max_rollouts=3, max_rows=10**6, notes=[]) for key, runs in suite.arms.items()}
+    formulas = Vocabulary(("$$", "$\\frac$", "$x_$", "\\") * 10, frozenset())
+    drawn = figures_tokens.response_strip(samples, arm_styles(list(suite.arms)), formulas)
+    assert drawn.png[:4] == b"\x89PNG"
