@@ -38,7 +38,8 @@ class _Rollout:
     def __init__(self, args, rollout_id, source, clients, evaluation):
         self.args, self.rollout_id, self.source, self.clients, self.evaluation = args, rollout_id, source, clients, evaluation
         self.params = sampling_params(args, evaluation)
-        self.top_k = 0 if evaluation else args.opd_topk_metrics_k
+        in_trainer = getattr(args, "exact_selection", False)  # both models' top-K come from the trainer then
+        self.top_k = 0 if evaluation or in_trainer else args.opd_topk_metrics_k
         self.max_response_len = source.max_response_len
         path = getattr(args, "custom_generate_function_path", None)
         self.custom = load_function(path, "--custom-generate-function-path") if path else None

@@ -164,7 +164,17 @@ def _selection(args):
         for what, needed in needs.items():
             if needed:
                 raise ConfigError(f"{what} needs top-k: expected --opd-topk-metrics-k of 1 or more (16 is usual), got 0")
+    wanted = ("exact",) if args.opd_type == "megatron" else ("union_floor", "union_tail")
+    if args.opd_divergence_support is not None and args.opd_divergence_support not in wanted:
+        raise ConfigError(
+            f"--opd-divergence-support: expected {' or '.join(wanted)} with --opd-type {args.opd_type}, got {args.opd_divergence_support}; a server "
+            "returns top-k lists, a Megatron teacher the whole vocabulary"
+        )
     args.exact_selection = args.opd_type == "megatron" and (selects or bool(args.opd_token_bank_dir))
+    if args.exact_selection and args.opd_topk_metrics_k == 0:
+        args.opd_topk_metrics_k = min(16, vocabulary or 16)  # what the trainer takes from both models
+    if args.calculate_per_token_loss and args.opd_loss_reduction not in (None, "kept_token_mean"):
+        raise ConfigError(f"--calculate-per-token-loss is --opd-loss-reduction kept_token_mean; got {args.opd_loss_reduction} beside it; leave one out")
     if args.opd_loss_reduction is None:
         per_sample = args.opd_profile == "released" and not args.calculate_per_token_loss
         args.opd_loss_reduction = "sample_mean" if per_sample else "kept_token_mean"
