@@ -9,6 +9,7 @@ programs and run as commands; the rest runs here.
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -117,7 +118,8 @@ def run_pipeline(config: PipelineConfig, *, force: Sequence[str] = (), log: Call
 
 def _run_all(config: PipelineConfig, out: Path, force: Sequence[str], log: Callable[[str], None]) -> dict[str, str]:
     state_file = out / "pipeline_state.json"
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    state = _read_state(state_file)
+    _check_models(config, state, state_file)
     results = {}
     for name in plan(config):
         step = _BUILDERS[name](config, out, log)
@@ -136,10 +138,36 @@ def _run_all(config: PipelineConfig, out: Path, force: Sequence[str], log: Calla
         if missing:
             raise DataError(f"step {name} ended without {', '.join(missing)}")
         state[name] = {"key": _key(step), "seconds": round(time.time() - start, 2), "outputs": [str(p) for p in step.outputs]}
+        if name == "train":
+            state[name]["models"] = [config.student, config.teacher]
         write_json(state_file, state)
         log(f"{name}: done in {state[name]['seconds']:.1f} s")
         results[name] = "done"
     return results
+
+
+def _read_state(path: Path) -> dict:
+    """What pipeline_state.json remembers. Raises DataError where it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        state = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: expected the JSON state of a diagnostic, got {error}; move the file away to run every step anew") from None
+    if not isinstance(state, dict) or not all(isinstance(step, dict) for step in state.values()):
+        raise DataError(f"{path}: expected the JSON state of a diagnostic, got something else; move the file away to run every step anew")
+    return state
+
+
+def _check_models(config: PipelineConfig, state: dict, state_file: Path) -> None:
+    """Raises ConfigError where the run that is there was trained with another student or teacher than the scores would be of."""
+    known = state.get("train", {}).get("models")
+    done = config.train_done_file and Path(config.train_done_file).exists()
+    if config.train_command and done and known and known != [config.student, config.teacher]:
+        raise ConfigError(
+            f"{config.train_done_file} is of a training with student {known[0]} and teacher {known[1]}, got {config.student} and "
+            f"{config.teacher}: choose another RUN_NAME and DIAG_DIR (--save-dir, --diag-dir), or remove {state_file} if only the paths changed"
+        )
 
 
 def checkpoints(config: PipelineConfig) -> dict[str, Path]:
@@ -231,7 +259,7 @@ def _convert(config, out, log) -> Step:
     def run() -> None:
         for (folder, source), target in zip(sources.items(), outputs, strict=True):
             names = {"checkpoint_root": config.save_dir, "iteration": str(int(source.name[5:])), "origin_hf": config.student, "output": str(target)}
-            command = [part.format(**names) for part in config.convert_command]
+            command = _filled(config.convert_command, names)
             _command(command, out / "logs" / f"convert_{folder}.log", f"conversion of {source}")
 
     return Step("convert", run, [*sources.values(), Path(config.student)], config.convert_command, [p / "config.json" for p in outputs])
@@ -299,7 +327,7 @@ def _summary(config, out, log) -> Step:
     }  # fmt: skip
 
     def run() -> None:
-        target.write_text(analyses.summary_page(f"Fixed-context diagnostic: {facts['pair']}", out, facts))
+        target.write_text(encoding="utf-8", data=analyses.summary_page(f"Fixed-context diagnostic: {facts['pair']}", out, facts))
 
     inputs = [out / "analysis" / "gain" / "regression_summary.csv", out / "analysis" / "support" / "support_definition_robustness.csv",
               out / "analysis" / "recommend" / "selector_recommendation.csv"]  # fmt: skip
@@ -310,7 +338,7 @@ def _report(config, out, log) -> Step:
     target = out / "report.html"
 
     def run() -> None:
-        command = [part.format(diag_dir=str(out), output=str(target), student=config.student) for part in config.report_command]
+        command = _filled(config.report_command, {"diag_dir": str(out), "output": str(target), "student": config.student})
         _command(command, out / "logs" / "report.log", "the report")
 
     return Step("report", run, [out / config.summary_name, out / "eval_latest" / METRICS], config.report_command, [target])
@@ -335,6 +363,12 @@ def _score(config: PipelineConfig, out: Path, student: str, target: Path, log):
 
 def _parts(target: Path) -> Path:
     return target.with_name(target.stem + ".parts")
+
+
+def _filled(command: Sequence[str], names: dict[str, str]) -> list[str]:
+    """Words of a command with each {NAME} of `names` replaced; other braces, such as those of a path, stay."""
+    pattern = re.compile(r"\{(" + "|".join(names) + r")\}")
+    return [pattern.sub(lambda found: names[found[1]], word) for word in command]
 
 
 def _command(command: Sequence[str], log_file: Path, what: str) -> None:

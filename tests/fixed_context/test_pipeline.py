@@ -106,7 +106,7 @@ def test_an_interrupted_step_is_not_taken_for_done(config, monkeypatch):
 
 
 def test_the_report_is_the_last_step(config, tmp_path):
-    report = ("bash", "-c", "test -d {student} && cp {diag_dir}/summary.md {output}")
+    report = ("bash", "-c", "test -d {student} && cp {diag_dir}/summary.md {output} # a path with {braces}, {} and {0}")
     results = run_pipeline(PipelineConfig(**{**config.__dict__, "report_command": report}), **QUIET)
     assert list(results)[-1] == "report" and "tiny" in (tmp_path / "diag" / "report.html").read_text()
 
@@ -173,3 +173,23 @@ def test_state_is_readable(config, tmp_path):
     state = json.loads((tmp_path / "diag" / "pipeline_state.json").read_text())
     assert set(state) == {"export", "score_before", "score_after", "analyse", "robustness", "recommend", "summary"}
     assert all(entry["seconds"] >= 0 for entry in state.values())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"train": "done"}'])
+def test_a_state_of_another_form_is_said(config, tmp_path, text):
+    (tmp_path / "diag").mkdir()
+    (tmp_path / "diag" / "pipeline_state.json").write_text(text)
+    with pytest.raises(DataError, match=r"pipeline_state.json: expected the JSON state of a diagnostic, .*move the file away"):
+        run_pipeline(config, **QUIET)
+
+
+def test_a_finished_training_is_not_scored_against_another_teacher(config, tmp_path):
+    """RUN_NAME and DIAG_DIR of a driver do not change with TEACHER_MODEL: scores of a new teacher would be put beside the old run."""
+    done = tmp_path / "DONE"
+    training = PipelineConfig(**{**config.__dict__, "train_command": f"touch {done}", "train_done_file": str(done), "prompt_data": str(tmp_path / "absent")})
+    for _ in range(2):  # the training is done once, the prompts are not there
+        with pytest.raises(DataError, match="no such file"):
+            run_pipeline(training, **QUIET)
+    other = PipelineConfig(**{**training.__dict__, "teacher": config.student})
+    with pytest.raises(ConfigError, match=f"is of a training with student {config.student} and teacher {config.teacher}, got"):
+        run_pipeline(other, **QUIET)
