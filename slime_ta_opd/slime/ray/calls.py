@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import ray
@@ -9,6 +10,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from ta_opd.errors import ServiceError, TaOpdError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEATHS = (RayActorError, WorkerCrashedError, ObjectLostError)
 _PATIENCE = 5.0  # seconds in which the death behind a broken connection becomes known
 
@@ -18,15 +20,18 @@ class ProcessLost(ServiceError):
 
 
 def get(refs: list[ray.ObjectRef]) -> list[Any]:
-    """The results. Raises ProcessLost where an actor died, else the actor's own TaOpdError, else what Ray raised.
+    """The results. Raises ProcessLost where an actor died, else the actor's own TaOpdError or error of a full disk, else what Ray raised.
 
     The death of one trainer rank reaches the others as a broken connection, so such errors are held back for a moment.
     """
     try:
         return ray.get(refs)
     except RayError as first:
-        if isinstance(first, RayTaskError) and isinstance(first.cause, TaOpdError):
-            raise first.cause from None
+        cause = first.cause if isinstance(first, RayTaskError) else None
+        if isinstance(cause, TaOpdError):
+            raise cause from None
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:  # Ray's copy of it has neither number nor file
+            raise cause from first
         problem = first
     lost = next((p for p in [problem, *_others(refs)] if _is_death(p)), None)
     if lost is not None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from slime.ray import cluster
+from slime.ray.calls import DISK_FULL
 from slime.utils.arguments import parse_args
 from slime.utils.plan import print_plan
 from slime.utils.restart import with_restarts
 from slime.utils.stop import Terminated
 from slime.utils.validation import validate
 from ta_opd.errors import TaOpdError
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(train: Callable, argv: Sequence[str] | None = None, *, asynchronous: bool = False) -> int:
