@@ -36,5 +36,6 @@ def test_other_errors_of_an_actor(monkeypatch):
     with pytest.raises(DataError, match="^a prompt$"):
         calls.get(["a reference"])
     raises(monkeypatch, OSError(errno.EACCES, "Permission denied"))
-    with pytest.raises(RayTaskError, match="Traceback"):
+    with pytest.raises(RayTaskError) as caught:
         calls.get(["a reference"])
+    assert caught.value.cause.errno == errno.EACCES
