@@ -71,7 +71,13 @@ def _heading(axes, title: str, below: str = "") -> None:
     """A title at the left and a smaller line under it: together they fit the width, which one long title does not."""
     axes.set_title(title + ("\n" if below else ""), loc="left", fontsize=11, weight="bold")
     if below:
-        axes.text(0, 1.015, below, transform=axes.transAxes, fontsize=8.5, color=SOFT, va="bottom")
+        axes.annotate(below, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8.5, color=SOFT, va="bottom")
+
+
+def _reference(axes, draw, at: float, name: str, place: tuple) -> None:
+    draw(at, color=SOFT, lw=1, ls="--", zorder=1)
+    axes.annotate(name, place, xycoords=("data", "axes fraction") if draw == axes.axvline else ("axes fraction", "data"), xytext=(3, -3 if draw == axes.axvline else 2),
+                  textcoords="offset points", va="top" if draw == axes.axvline else "bottom", fontsize=8, color=SOFT)  # fmt: skip
 
 
 def save(figure, path) -> Path:
@@ -81,7 +87,7 @@ def save(figure, path) -> Path:
 
 def curves(
     frame: pd.DataFrame, x: str, y: str, by: str, path, *, low: str | None = None, high: str | None = None, title: str = "", note: str = "",
-    xlabel: str | None = None, ylabel: str | None = None, places: Sequence[str] | None = None,
+    xlabel: str | None = None, ylabel: str | None = None, places: Sequence[str] | None = None, reference: float | None = None, reference_name: str = "",
 ) -> Path:  # fmt: skip
     """One line a value of `by`, with whiskers from `low` to `high` where given. The values of `x` stand side by side at equal distances, and lines a
     little beside one another, so that equal ones can be told apart. places: names for the sorted values of `x` (shares are shown as percent)."""
@@ -92,7 +98,7 @@ def curves(
     for i, name in enumerate(names):
         part = frame[frame[by] == name].sort_values(x)
         at = np.searchsorted(values, part[x]) + (i - (len(names) - 1) / 2) * step
-        colour, marker, dash = OKABE_ITO[i % len(OKABE_ITO)], MARKERS[i % len(MARKERS)], DASHES[i // len(OKABE_ITO) % len(DASHES)]
+        colour, marker, dash = OKABE_ITO[i % len(OKABE_ITO)], MARKERS[(i + i // len(OKABE_ITO)) % len(MARKERS)], DASHES[i // len(OKABE_ITO) % len(DASHES)]
         axes.plot(at, part[y], marker=marker, color=colour, label=str(name), lw=1.2, ls=dash, ms=5.5)
         if low and high:
             error = np.clip(np.nan_to_num([part[y] - part[low], part[high] - part[y]]), 0, None)
@@ -102,10 +108,32 @@ def curves(
     axes.set(xlabel=xlabel or x, ylabel=ylabel or y, xlim=(-0.5, len(values) - 0.5))
     axes.grid(axis="y", color="#d8dee4", lw=0.7)
     axes.set_axisbelow(True)
+    if reference is not None:
+        _reference(axes, axes.axhline, reference, reference_name, (0, reference))
     if frame[[n for n in (y, low, high) if n]].min(axis=None) < 0:
         axes.axhline(0, color="grey", lw=0.8)
     _heading(axes, title, note)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=min(3, len(names)), frameon=False)
+    return save(figure, path)
+
+
+def dots(
+    frame: pd.DataFrame, x: str, by: str, path, *, low: str | None = None, high: str | None = None, title: str = "", note: str = "", xlabel: str | None = None,
+    reference: float | None = None, reference_name: str = "", less_is_better: bool = False,
+) -> Path:  # fmt: skip
+    """One row a value of `by`, best `x` on top, with whiskers from `low` to `high` where they are known and a dashed line at `reference`."""
+    frame = frame.sort_values(x, kind="stable", ascending=not less_is_better)
+    figure, axes = new_figure(7.6, 1.3 + 0.27 * len(frame))
+    y = np.arange(len(frame))
+    error = np.clip(np.nan_to_num([frame[x] - frame[low], frame[high] - frame[x]]), 0, None) if low and high else None
+    axes.errorbar(frame[x], y, xerr=error, fmt="o", color=OKABE_ITO[0], ecolor=OKABE_ITO[0], capsize=2.5, ms=6, lw=1.3)
+    if reference is not None:
+        _reference(axes, axes.axvline, reference, reference_name, (reference, 1))
+    axes.set_yticks(y, frame[by])
+    axes.set(xlabel=xlabel or x, ylim=(-0.7, len(frame) - 0.2))
+    axes.grid(axis="x", color="#d8dee4", lw=0.7)
+    axes.set_axisbelow(True)
+    _heading(axes, title, note)
     return save(figure, path)
 
 

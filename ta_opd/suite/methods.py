@@ -64,8 +64,8 @@ def resolve_method(name: str) -> str:
     except (TaOpdError, KeyError, ValueError):
         known = sorted({*METHOD_ALIASES, *FULL_NAMES, *MASK_CHOICES})
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown method {name!r}{hint}. Known: {', '.join(known)}") from None
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"unknown method {name!r}{hint} Known: {', '.join(known)}") from None
 
 
 def parse_entries(text: str, variable: str = "METHOD_LIST") -> list[Entry]:

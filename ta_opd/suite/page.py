@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ta_opd.fixed_context import plots as pictures
 from ta_opd.suite.plan import Settings
 
 SHOWN = {
@@ -28,11 +29,6 @@ NOTES = (
     "the first and last five rollouts (half of a shorter run). frozen KL: full-vocabulary KL(teacher || student) on the same contexts before and after; gain "
     "is their difference. Intervals are 95 % t-intervals over seeds; a single seed has none."
 )
-# Okabe-Ito: told apart with every common colour blindness; markers say the same again
-STYLES = (
-    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"),
-    ("#999999", "*"),
-)  # fmt: skip
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -76,48 +72,39 @@ def markdown(settings: Settings, table: pd.DataFrame, seeds: pd.DataFrame) -> st
 
 
 def plots(seeds: pd.DataFrame, directory: Path) -> list[Path]:
-    """One PNG for each of PLOTTED that has a value: the quantity against budget, one line a method, intervals over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """One PNG for each of PLOTTED that has a value, with intervals over seeds: lines over budgets where a method was run at several of them, else
+    one row a method, sorted, with full OPD as a dashed line."""
     written = []
     for name, title in PLOTTED.items():
-        if not seeds[name].notna().any():
+        known = seeds[seeds[name].notna()]
+        if known.empty:
             continue
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        for (method, group), (colour, marker) in zip(seeds.groupby("method", sort=False), _styles(seeds), strict=True):
-            group = group[group[name].notna()].sort_values("budget_asked")
-            half = group[f"{name}_high"] - group[name]
-            half = half if half.notna().any() else None  # a single seed has no interval
-            axes.errorbar(group["budget_asked"], group[name], yerr=half, label=method, color=colour, marker=marker, capsize=3, linewidth=1.2)
-            if len(group) == 1 and group["mask"].iloc[0] == "full":
-                axes.axhline(group[name].iloc[0], color=colour, linewidth=0.8, linestyle="--")
-        axes.set(xlabel="share of valid tokens asked for", ylabel=title, xscale="log")
-        ticks = sorted(seeds["budget_asked"].unique())
-        axes.set_xticks(ticks, [f"{t:.4g}" for t in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{name}_by_budget.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        written.append(path)
+        note = "whiskers: 95 % t-intervals over seeds" if known[f"{name}_high"].notna().any() else "one seed: no intervals"
+        full = known.loc[known["mask"] == "full", name]
+        line = {"reference": float(full.iloc[0]), "reference_name": "full OPD"} if len(full) and len(known) > 1 else {}
+        common = {"low": f"{name}_low", "high": f"{name}_high", "title": _title(title), "note": note, **line}
+        if known.groupby("method")["budget_asked"].nunique().max() > 1:
+            written.append(pictures.curves(known, "budget_asked", name, "method", path, xlabel="share of valid tokens asked for", ylabel=title, **common))
+            continue
+        labels = [m if b == 1 else f"{m}, {100 * b:.3g} %" for m, b in zip(known["method"], known["budget_asked"], strict=True)]
+        known = known.assign(label=labels)
+        written.append(pictures.dots(known, name, "label", path, xlabel=title, less_is_better=name.startswith("reverse_kl"), **common))
     return written
 
 
-def _styles(seeds: pd.DataFrame) -> list[tuple[str, str]]:
-    return [STYLES[i % len(STYLES)] for i in range(seeds["method"].nunique())]
+def _title(text: str) -> str:
+    short = text.split(" (")[0].split(",")[0]
+    return short[0].upper() + short[1:]
 
 
-def html(settings: Settings, table: pd.DataFrame, seeds: pd.DataFrame, pictures: Sequence[Path]) -> str:
+def html(settings: Settings, table: pd.DataFrame, seeds: pd.DataFrame, images: Sequence[Path]) -> str:
     """One page that works offline: both tables and the plots inside it."""
-    images = "\n".join(
+    figures = "\n".join(
         f'<figure><img alt="{escape.escape(PLOTTED[p.stem.removesuffix("_by_budget")])}" '
         f'src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}"></figure>'
-        for p in pictures
+        for p in images
     )
     title = escape.escape(f"Suite {settings.tag}")
     about = escape.escape(f"Student {Path(settings.student).name}, teacher {Path(settings.teacher).name or 'a server'}, K = {settings.top_k}")
@@ -133,7 +120,7 @@ th {{ border-bottom: 2px solid #444; }}
 figure {{ display: inline-block; margin: .5rem; }} figure img {{ max-width: 100%; width: 36rem; }}
 </style></head><body>
 <h1>{title}</h1><p>{about}</p>
-{images}
+{figures}
 <h2>Means over seeds</h2><div class="wide">{_html_table(_mean_table(seeds))}</div>
 <h2>Runs</h2><div class="wide">{_html_table(shown(table))}</div>
 <p>{escape.escape(NOTES)}</p>

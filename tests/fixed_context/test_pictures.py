@@ -57,6 +57,15 @@ def test_whole_numbers_and_names_on_the_axis(tmp_path, figures):
     assert ticks == [["1", "2", "3", "4"], ["main", "gsm8k"]]
 
 
+def test_rows_are_sorted_with_their_whiskers_and_the_reference(tmp_path, figures):
+    frame = pd.DataFrame({"rule": [f"a rule with quite a long name {i}" for i in range(37)], "gain": np.linspace(0, 1, 37) ** 2})
+    frame = frame.assign(low=frame["gain"] - 0.1, high=frame["gain"] + 0.1).sample(frac=1, random_state=0)
+    plots.dots(frame, "gain", "rule", tmp_path / "a.png", low="low", high="high", title="A title", note="a note", reference=0.98, reference_name="full OPD")
+    (axes,) = figures[0].axes
+    assert axes.get_yticklabels()[-1].get_text() == "a rule with quite a long name 36" and len(axes.get_yticklabels()) == 37
+    assert is_inside(figures[0])
+
+
 def test_gain_pictures_fit(tmp_path, figures):
     rng = np.random.default_rng(0)
     columns = {f"feature_{n}": rng.random(500) for n in "HDC"} | {"feature_G": rng.normal(size=500), "residual_HD": rng.normal(size=500)}

@@ -118,3 +118,15 @@ def test_text_in_the_page_is_escaped(finished):
     table = summary.summarize(settings, rows, memory)
     table["method"] = "<script>"
     assert "<script>" not in page.html(settings, table, summary.over_seeds(table), [])
+
+
+def test_methods_at_one_budget_are_rows_and_budgets_are_lines(finished, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(page.pictures, "curves", lambda frame, x, y, by, path, **_: drawn.append(("lines", y)) or path)
+    monkeypatch.setattr(page.pictures, "dots", lambda frame, x, by, path, **options: drawn.append(("rows", x, options["reference"])) or path)
+    seeds = summary.over_seeds(summary.summarize(*finished))
+    page.plots(seeds, tmp_path)
+    assert [kind for kind, *_ in drawn] == ["lines"] * 3  # teachability was run at two budgets
+    drawn.clear()
+    page.plots(seeds.drop_duplicates("method"), tmp_path)
+    assert [kind for kind, *_ in drawn] == ["rows"] * 3 and drawn[0][2] == pytest.approx(0.45)  # the mean accuracy of full OPD
