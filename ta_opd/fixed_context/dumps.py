@@ -34,7 +34,8 @@ def dump_files(sources: Sequence[str], *, released_order: bool = False) -> list[
         if path.is_dir():
             found = [p for p in path.iterdir() if p.suffix in (".pt", ".parquet")]
         else:
-            found = [Path(p) for p in glob.glob(str(source))]
+            names = glob.glob(str(source)) or glob.glob(re.sub(r"\.pt$", ".parquet", str(source)))  # where slime would have written .pt
+            found = [Path(name) for name in names]
         if not found:
             raise DataError(f"rollout dumps: nothing matches {source!r}; expected .pt or .parquet files, a folder of them, or a glob")
         files |= dict.fromkeys(p.resolve() for p in found)

@@ -159,7 +159,7 @@ def _dump_prompts(run: Run, rollouts) -> dict[tuple[int, int], dict]:
     for rollout in rollouts if pattern else ():
         try:
             file = Path(str(pattern).format(rollout_id=rollout))
-            file = file if file.suffix == ".parquet" else file / f"rollout_{rollout:06d}.parquet"
+            file = file.with_suffix(".parquet") if file.suffix in (".parquet", ".pt") else file / f"rollout_{rollout:06d}.parquet"
             rows = pq.read_table(file, columns=["sample_index", "prompt", "label"]).to_pylist()
         except (OSError, ValueError, KeyError, IndexError):  # moved, cut off, other braces in the path: the map then shows no prompts
             continue

@@ -75,6 +75,8 @@ def test_a_good_command_line_passes_and_derives_what_follows(task):
     (["--opd-divergence-support", "exact"], "expected union_floor or union_tail with --opd-type sglang, got exact"),
     (["--opd-type", "megatron", "--opd-divergence-support", "union_tail"], "expected exact with --opd-type megatron"),
     (["--calculate-per-token-loss", "--opd-loss-reduction", "sample_mean"], "got sample_mean beside it; leave one out"),
+    (["--save-debug-rollout-data", "dumps/{step}.parquet"], r"nothing in braces but \{rollout_id\}"),
+    (["--save-debug-rollout-data", "dumps/all.pt"], "each rollout would replace the last"),
     (["--kl-loss-coef", "0.001"], "--kl-loss-coef: expected 0.0, got 0.001; there is no reference model"),
     (["--entropy-coef", "1e-3"], "--entropy-coef: expected 0.0"),
     (["--hidden-dropout", "0.1"], "--hidden-dropout: expected 0.0"),

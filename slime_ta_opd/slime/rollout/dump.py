@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slime.utils.types import Sample
+from ta_opd.errors import ConfigError
 
 _F, _I = pa.list_(pa.float32()), pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -20,11 +21,25 @@ SCHEMA = pa.schema(
 )  # fmt: skip
 
 
+def dump_path(path: str, rollout_id: int) -> Path:
+    """`path` with {rollout_id} filled in; a directory gets rollout_%06d.parquet, slime's `.pt` becomes `.parquet`.
+
+    Raises ConfigError where the path asks for anything else, or where a file would hold the last rollout only.
+    """
+    try:
+        target = Path(path.format(rollout_id=rollout_id))
+    except (KeyError, IndexError, ValueError):
+        raise ConfigError(f"--save-debug-rollout-data: expected a path with nothing in braces but {{rollout_id}}, got {path!r}") from None
+    if target.suffix not in (".parquet", ".pt"):
+        return target / f"rollout_{rollout_id:06d}.parquet"
+    if str(target) == path:
+        raise ConfigError(f"--save-debug-rollout-data: expected {{rollout_id}} in the name of a file, got {path!r}; each rollout would replace the last")
+    return target.with_suffix(".parquet")
+
+
 def dump_rollout(path: str, rollout_id: int, samples: Sequence[Sample]) -> Path:
-    """Writes `path` with {rollout_id} filled in (a directory gets rollout_%06d.parquet), whole file or nothing."""
-    target = Path(path.format(rollout_id=rollout_id))
-    if target.suffix != ".parquet":
-        target = target / f"rollout_{rollout_id:06d}.parquet"
+    """Writes the file that `dump_path` names, whole or not at all."""
+    target = dump_path(path, rollout_id)
     target.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {

@@ -91,7 +91,7 @@ def _run(parser):
     g.add_argument("--start-rollout-id", type=int, help="first rollout id; default: after the loaded checkpoint, or 0")
     g.add_argument("--seed", type=int, default=1234, help="seed of the trainer")
     g.add_argument("--debug-rollout-only", action="store_true", help="sample, score and select, but do not train")
-    g.add_argument("--save-debug-rollout-data", help="write every rollout to this parquet path, {rollout_id} filled in")
+    g.add_argument("--save-debug-rollout-data", help="write every rollout to this parquet path, {rollout_id} filled in, or into this directory")
     g.add_argument("--max-restarts", type=int, default=0,
                    help="times that the run starts over from its newest checkpoint after a process of it died (see --save-interval)")  # fmt: skip
     g.add_argument("--trust-remote-code", action="store_true", help="let model directories run their own code")

@@ -20,6 +20,7 @@ from slime.backends.sglang_utils.secret import API_KEY_VARIABLE, hide
 from slime.backends.sglang_utils.server import check_port, is_loopback
 from slime.observability.trackers import check_wandb
 from slime.rollout.data_source import PromptDataSource
+from slime.rollout.dump import dump_path
 from slime.rollout.eval_sets import args_of, read_eval_sets
 from slime.utils.arguments import ACCEPTED_VALUES, SHAPE_FLAGS
 from slime.utils.misc import load_tokenizer
@@ -327,6 +328,8 @@ def _checkpoints(args):
         raise ConfigError(f"--max-restarts: expected 0 or more, got {args.max_restarts}")
     if args.max_restarts and not args.save_interval:
         raise ConfigError("--max-restarts: expected --save-interval N beside it, so that there are checkpoints to start over from")
+    if args.save_debug_rollout_data:
+        dump_path(args.save_debug_rollout_data, 0)
     if args.save_hf == "":
         args.save_hf = str(Path(args.output_dir) / "hf")
     if args.load and not Path(args.load).is_dir():
