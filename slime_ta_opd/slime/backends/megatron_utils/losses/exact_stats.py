@@ -23,9 +23,10 @@ class ExactStats:
     """One entry a row, natural logarithms, f32 unless said; the same on every rank of the group.
 
     H  entropy of the student; KLf = KL(teacher || student); KLr = KL(student || teacher);
-    C  teacher's mass on the student's top-K ids (arXiv 2605.26844, eq. 17)
+    C  teacher's mass on the student's top-K ids (arXiv 2605.26844, eq. 4)
     *_ids_RK int64 and *_logps_RK: top-K of each side, most probable first (-1 and -inf beyond the vocabulary);
-    teacher_at_student_RK: teacher's log-probs at student_ids_RK; *_logp_R at the target, None when none was given.
+    teacher_at_student_RK: teacher's log-probs at student_ids_RK; *_logp_R at the target (-inf where it is no common id), None when
+    none was given.
     """
 
     H: torch.Tensor
@@ -50,9 +51,11 @@ def _chunk(student_CV, teacher_CV, shard, k, target_C, inv_t) -> ExactStats:
     wanted = student_ids if target_C is None else torch.cat([student_ids, target_C[:, None]], 1)
     teacher_at = gather_columns(teacher_CV, wanted, shard) * inv_t - log_y_C[:, None]
     at_student = torch.where(student_ids >= 0, teacher_at[:, :k], -torch.inf)
-    student_logp = None
+    student_logp = teacher_logp = None
     if target_C is not None:
+        both = target_C < shard.total
         student_logp = gather_columns(student_CV, target_C[:, None], shard)[:, 0] * inv_t - log_x_C
+        student_logp, teacher_logp = (torch.where(both, logp, -torch.inf) for logp in (student_logp, teacher_at[:, k]))
     return ExactStats(
         H=log_sum_x_C - stats.moment_x / stats.sum_x,
         KLf=stats.forward / stats.sum_y + log_sum_x_C - log_sum_y_C,
@@ -64,7 +67,7 @@ def _chunk(student_CV, teacher_CV, shard, k, target_C, inv_t) -> ExactStats:
         teacher_logps_RK=teacher_z * inv_t - log_y_C[:, None],
         teacher_at_student_RK=at_student,
         student_logp_R=student_logp,
-        teacher_logp_R=None if target_C is None else teacher_at[:, k],
+        teacher_logp_R=teacher_logp,
     )
 
 
