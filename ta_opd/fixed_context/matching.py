@@ -9,6 +9,7 @@ import pandas as pd
 from ta_opd.fixed_context.bootstrap import Interval, mean_interval
 
 MATCH_ON = ("H", "D", "pos")
+BLOCK = 1 << 20  # distances at once
 PAIR_COLUMNS = (
     "group", "row_high", "row_low", "gain_high", "gain_low", "gain_diff", "c_high", "c_low", "h_diff", "d_diff", "pos_diff", "distance",
 )  # fmt: skip
@@ -27,8 +28,7 @@ def match_within_groups(frame: pd.DataFrame, *, by: str = "C") -> pd.DataFrame:
         low = where[split[where] <= np.median(split[where])]
         if len(high) == 0 or len(low) == 0:
             continue
-        squared = ((points[high][:, None, :] - points[low][None, :, :]) ** 2).sum(axis=2)
-        nearest = squared.argmin(axis=1)
+        nearest, squared = _nearest(points[high], points[low])
         partner = low[nearest]
         gaps = points[high] - points[partner]
         pairs.append(
@@ -37,13 +37,25 @@ def match_within_groups(frame: pd.DataFrame, *, by: str = "C") -> pd.DataFrame:
                     "group": group, "row_high": rows[high], "row_low": rows[partner], "gain_high": gain[high],
                     "gain_low": gain[partner], "gain_diff": gain[high] - gain[partner], "c_high": split[high],
                     "c_low": split[partner], "h_diff": gaps[:, 0], "d_diff": gaps[:, 1], "pos_diff": gaps[:, 2],
-                    "distance": np.sqrt(squared[np.arange(len(high)), nearest]),
+                    "distance": np.sqrt(squared),
                 }
             )
         )  # fmt: skip
     if not pairs:
         return pd.DataFrame({name: pd.Series(dtype=float) for name in PAIR_COLUMNS})
     return pd.concat(pairs, ignore_index=True)
+
+
+def _nearest(points_AC: np.ndarray, others_BC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index of the nearest other [A], its squared distance [A]); in blocks, so that one group of all rows takes no memory of A x B."""
+    nearest_A, squared_A = np.empty(len(points_AC), np.int64), np.empty(len(points_AC))
+    step = max(1, BLOCK // len(others_BC))
+    for start in range(0, len(points_AC), step):
+        block = slice(start, start + step)
+        squared = ((points_AC[block, None, :] - others_BC[None, :, :]) ** 2).sum(axis=2)
+        nearest_A[block] = squared.argmin(axis=1)
+        squared_A[block] = squared.min(axis=1)
+    return nearest_A, squared_A
 
 
 def matching_summary(pairs: pd.DataFrame, num_draws: int, rng: np.random.Generator) -> dict:

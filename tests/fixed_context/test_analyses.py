@@ -206,3 +206,20 @@ def test_files_of_a_gain_analysis(tmp_path):
     }  # fmt: skip
     assert read_table(tmp_path / "regression_summary.csv").columns.tolist() == ["model", "r2", "delta_r2_vs_HD", "terms"]
     assert {"residual_HD", "in_q3", "feature_Dlearn", "G_KLf_abs"} <= set(read_table(tmp_path / "analysis_tokens.parquet"))
+
+
+def test_matching_one_large_group_takes_little_memory():
+    """All responses to one prompt form one group: A x B distances of it at once were gigabytes for a bank of 57,600 tokens."""
+    import tracemalloc
+
+    rng, n = np.random.default_rng(0), 6000
+    frame = pd.DataFrame({name: rng.random(n) for name in ("H", "D", "pos", "C", "G")} | {"group": 0, "row": np.arange(n)})
+    tracemalloc.start()
+    pairs = match_within_groups(frame)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80e6, f"{peak / 1e6:.0f} MB"
+    points, high, low = frame[["H", "D", "pos"]].to_numpy(), pairs["row_high"].to_numpy(), np.flatnonzero(frame["C"] <= frame["C"].median())
+    for i in (0, 1500, 2999):
+        distances = ((points[high[i]] - points[low]) ** 2).sum(1)
+        assert pairs["row_low"].iloc[i] == low[distances.argmin()] and pairs["distance"].iloc[i] == pytest.approx(np.sqrt(distances.min()))
