@@ -149,7 +149,7 @@ class PromptDataSource:
                 return row.prompt
             raise ConfigError(f"{row.where}: the prompt is a list of chat messages; pass --apply-chat-template to format it")
         if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError(f"--apply-chat-template: the tokenizer of the student ({self.args.hf_checkpoint}) has no chat template; "
+            raise ConfigError(f"--apply-chat-template: the tokenizer of the student has no chat template ({self.args.hf_checkpoint}); "
                               "give it one (chat_template.jinja, or chat_template in tokenizer_config.json), or use prompts of plain text without the flag")  # fmt: skip
         messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         extra = getattr(self.args, "apply_chat_template_kwargs", None) or {}
