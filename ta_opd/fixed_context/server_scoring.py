@@ -19,8 +19,8 @@ import pandas as pd
 from ta_opd.errors import DataError
 from ta_opd.fixed_context.bank import Contexts
 from ta_opd.fixed_context.dense import topk_metrics
+from ta_opd.fixed_context.parts import Parts
 from ta_opd.fixed_context.scored_table import TOPK_NAMES, position_frame, topk_columns
-from ta_opd.fixed_context.scoring import Parts
 from ta_opd.fixed_context.server import GenerateClient
 from ta_opd.token_bank.jsonio import dump_rows
 from ta_opd.topk import PAD_ID, TopK, gathered_logprobs, last_positions
