@@ -238,6 +238,16 @@ def test_unfinished_responses_at_the_end_of_an_over_sampled_rollout(args, tokeni
         assert any(stale.values())
 
 
+def test_what_is_given_back_keeps_no_metrics(args, tokenizer):
+    """They were put on it while the rollout ended: checkpoints held them, and a later rollout, perhaps of other flags, took them."""
+    args.partial_rollout, args.over_sampling_batch_size, args.rollout_batch_size = True, 8, 1
+    both, source = clients(), PromptDataSource(args, tokenizer)
+    both.student.delay = 0.05
+    generate_rollout(args, 0, source, both)
+    scored = [s for g in source.buffer for s in g if s.teacher_log_probs is not None]
+    assert scored and all(s.token_metrics is None for s in scored)
+
+
 def test_an_engine_that_is_gone_does_not_spoil_a_rollout_that_is_complete(args, tokenizer):
     """The end of what was sampled ahead is asked of every engine; one that died in the meantime is the next call's to bring back."""
     args.partial_rollout, args.over_sampling_batch_size, args.rollout_batch_size, args.n_samples_per_prompt = True, 6, 2, 1

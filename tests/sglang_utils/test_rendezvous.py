@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+
+from slime.backends.sglang_utils.rendezvous import _meet_on_loopback
 
 SCRIPT = """
 import sys
@@ -32,3 +35,16 @@ def addresses(way):
 def test_rank_0_listens_on_its_own_address_alone():
     assert addresses("told") == ["127.0.0.1"]
     assert addresses("as it is") in (["::"], ["0.0.0.0"])  # what torch does
+
+
+def test_the_ranks_of_an_open_server_meet_on_loopback(monkeypatch):
+    """A store asks for no key."""
+    bootstrap = SimpleNamespace(_resolve_dist_init_method=lambda *, server_args, dist_port: f"tcp://{server_args.dist_init_addr or server_args.host}:{dist_port}")
+    _meet_on_loopback(bootstrap)
+    _meet_on_loopback(SimpleNamespace())  # a version without it stays as it is
+    told = bootstrap._resolve_dist_init_method
+    for host in ("0.0.0.0", "::", "10.0.0.5"):
+        assert told(server_args=SimpleNamespace(host=host, dist_init_addr=None), dist_port=5) == "tcp://127.0.0.1:5"
+    assert told(server_args=SimpleNamespace(host="0.0.0.0", dist_init_addr="10.0.0.9"), dist_port=5) == "tcp://10.0.0.9:5"
+    monkeypatch.setenv("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "env://")
+    assert told(server_args=SimpleNamespace(host="h", dist_init_addr=None), dist_port=5) == "tcp://h:5"

@@ -85,10 +85,13 @@ class _Rollout:
                                 f"--dynamic-sampling-filter-path {path} refused {refused} groups in rollout {self.rollout_id} and "
                                 f"accepted {len(kept)} of {wanted}; loosen it or give it easier prompts"
                             )
+                ahead_of_time = list(pending.values())
                 await self._give_back(pending, restart_unfinished=not getattr(args, "partial_rollout", False))
                 pending.clear()
                 await _gather([self._score(sample) for group in kept for sample in group])
                 await self.measuring.finish()
+                for sample in (s for group in ahead_of_time for s in group):
+                    sample.token_metrics = None  # those of a rollout are computed for it
             except BaseException:
                 await self._cancel(pending)
                 self._return_groups(kept + list(pending.values()), restart_unfinished=True)

@@ -71,9 +71,10 @@ def jsd(s_CB, t_CB, beta):
 
 def teacher_at(ids_RK, teacher_ids_RJ, teacher_logps_RJ):
     """Teacher log-probs at ids, looked up in the teacher's own top-J list: f32 [R, K], NaN where the list lacks the id."""
-    same_RKJ = (ids_RK[:, :, None] == teacher_ids_RJ[:, None, :]) & (ids_RK >= 0)[:, :, None]
-    found_RK = torch.where(same_RKJ, teacher_logps_RJ[:, None, :], -torch.inf).amax(2)
-    return torch.where(same_RKJ.any(2), found_RK, torch.nan)
+    found_RK = torch.full_like(ids_RK, torch.nan, dtype=teacher_logps_RJ.dtype)
+    for id_R1, logp_R1 in zip(teacher_ids_RJ.split(1, 1), teacher_logps_RJ.split(1, 1), strict=True):  # [R, K, J] would be large
+        found_RK = torch.where((ids_RK == id_R1) & (ids_RK >= 0), logp_R1, found_RK)
+    return found_RK
 
 
 def support_of(rows, args) -> tuple[torch.Tensor, torch.Tensor]:
