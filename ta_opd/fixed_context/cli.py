@@ -19,6 +19,12 @@ def run(name: str, work: Callable[[argparse.Namespace], None], parser: argparse.
     except TaOpdError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ENGINES:
+            raise
+        print(f"{name}: this needs {error.name}, which `pip install .` leaves out; bash scripts/setup.sh makes an environment with it "
+              "(.venv), and the analyses work on the tables that were scored there", file=sys.stderr)  # fmt: skip
+        return 1
     except BrokenPipeError:  # `| head` has read enough; nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -28,6 +34,7 @@ def run(name: str, work: Callable[[argparse.Namespace], None], parser: argparse.
     return 0
 
 
+ENGINES = ("torch", "transformers", "safetensors", "slime", "aiohttp", "sglang", "megatron")  # what the package stands without
 # What --help says of flags that several tools have; a tool's own words come first.
 HELP = {
     "output_dir": "folder for tables and pictures; made where it is missing", "out_dir": "folder for tables and pictures; made where it is missing",

@@ -110,6 +110,16 @@ def test_help_explains_every_flag_and_names_its_default(tool, capsys):
     assert "%(" not in text
 
 
+def test_a_tool_that_needs_an_engine_says_where_to_get_it(capsys):
+    def needs(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    assert cli.run("score", lambda args: needs("torch"), cli.new_parser(""), []) == 1
+    assert "score: this needs torch, which `pip install .` leaves out; bash scripts/setup.sh" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):
+        cli.run("score", lambda args: needs("a_typo"), cli.new_parser(""), [])
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     import subprocess
 
