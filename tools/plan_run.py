@@ -89,7 +89,7 @@ def task_of(args) -> Task:
         optimizer_steps=args.optimizer_steps, bank=not args.no_bank, overlap=not args.score_after_generation, asynchronous=args.asynchronous, max_tokens=args.max_tokens_per_gpu,
         student_concurrency=args.student_concurrency, graph_batch=args.graph_batch,
     )  # fmt: skip
-    return Task(load_model(args.student), load_model(args.teacher), work, Machine(gpu, args.gpus, args.gpus_per_node), rates)
+    return Task(load_model(args.student), load_model(args.teacher, served=True), work, Machine(gpu, args.gpus, args.gpus_per_node), rates)
 
 
 def plan(args) -> tuple[Task, Prediction]:

@@ -319,6 +319,12 @@ BAD = [
     (["--response-mean", "5000"], "response_mean: expected 1 to response_len"),
     (["--optimizer-steps", "3"], "optimizer_steps: expected a divisor"),
     (["--matmul-tflops", "-5"], "GPU matmul: expected a positive number"),
+    (["--matmul-tflops", "inf"], "GPU matmul: expected a positive number"),
+    (["--bandwidth-tbps", "nan"], "GPU bandwidth: expected a positive number"),
+    (["--student", "14B"], "memory: the trainer alone needs"),
+    (["--teacher", "235B-A22B"], "memory: the teacher's weights take"),
+    (["--response-len", "1000000000"], "memory: the trainer alone needs"),
+    (["--gpus", "2", "--asynchronous"], "mode apart takes more GPUs than these"),
     (["--layout", "1,1"], "--layout: expected 4 positive numbers"),
     (["--layout", "1,1,1,8"], "at most --gpus 1"),
     (["--layout", "1,1,1,1", "--student-servers", "2x1"], "at most its 1 GPUs"),
@@ -330,6 +336,32 @@ BAD = [
 def test_bad_input_says_what_was_expected(tool, capsys, words, message):
     assert tool.main(["--student", "1.7B", "--teacher", "4B", "--gpus", "1", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+SHAPE = {"model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "rms_norm_eps": 1e-6,
+         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({**SHAPE, "num_hidden_layers": 0}, "got num_layers 0"), ({**SHAPE, "hidden_size": "2048"}, "got hidden_size '2048'"),
+        ({k: v for k, v in SHAPE.items() if k != "vocab_size"}, "KeyError: 'vocab_size'"), ([1], "got list"),
+        ({**SHAPE, "num_attention_heads": 0, "head_dim": None}, "got one without (ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_a_config_without_sizes_is_said(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="expected the config of a decoder with whole numbers above 0 as sizes") as raised:
+        load_model(str(tmp_path))
+    assert message in str(raised.value)
+
+
+def test_a_quantized_teacher_is_planned_and_a_quantized_student_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "quantization_config": {"quant_method": "fp8"}}))
+    assert load_model(str(tmp_path), served=True).parameters == load_model("1.7B").parameters
+    with pytest.raises(ConfigError, match="quantization_config .* is not supported by the Megatron trainer"):
+        load_model(str(tmp_path))
 
 
 def test_a_damaged_file_of_rates(tmp_path):

@@ -113,10 +113,11 @@ class Model:
         return BF16 * (s.num_layers * (self.dense_parameters + experts) + self.table_parameters)
 
 
-def load_model(what: str) -> Model:
+def load_model(what: str, *, served: bool = False) -> Model:
     """A model by HF directory, config.json, known name ("1.7B", "235B-A22B") or dense parameter count ("3B").
 
-    Raises ConfigError that says what would be understood.
+    served: only servers hold it, so a quantized checkpoint (FP8, say) will do; its weights are counted in bf16. Raises ConfigError that
+    says what would be understood.
     """
     path = Path(what)
     if path.is_dir() or path.name.endswith(".json"):
@@ -124,7 +125,7 @@ def load_model(what: str) -> Model:
             raise ConfigError(f"model {what!r}: expected an HF directory, a config.json or a parameter count such as 1.7B, got a path that does not exist")
         folder = path if path.is_dir() else path.parent
         config = read_config(folder) if path.is_dir() or path.name == "config.json" else _json(path)
-        return Model(folder.name if path.is_dir() else path.stem, model_shape(config, str(path)))
+        return Model(folder.name if path.is_dir() else path.stem, _shape_of(config, str(path), served))
     match = _COUNT.fullmatch(what.strip())
     if match is None:
         raise ConfigError(f"model {what!r}: expected an HF directory, a config.json, one of {', '.join(KNOWN)}, or a dense count such as 3B")
@@ -137,6 +138,25 @@ def load_model(what: str) -> Model:
     if not 5e7 <= count <= 2e12:
         raise ConfigError(f"model {what!r}: expected 0.05B to 2000B parameters")
     return Model(name, _guess(count), guessed=True)
+
+
+def _shape_of(config: dict, where: str, served: bool) -> ModelShape:
+    """Raises ConfigError on a config that names no decoder's sizes."""
+    expected = f"model {where}: expected the config of a decoder with whole numbers above 0 as sizes"
+    if not isinstance(config, dict):
+        raise ConfigError(f"{expected}, got {type(config).__name__}")
+    if served:
+        config = {name: value for name, value in config.items() if name != "quantization_config"}
+    try:
+        shape = model_shape(config, where)
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{expected}, got one without ({type(error).__name__}: {error})") from error
+    sizes = ["num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_positions"]
+    sizes += ["num_experts", "experts_per_token", "moe_ffn_hidden_size"] if shape.is_moe else []
+    wrong = {name: getattr(shape, name) for name in sizes if type(getattr(shape, name)) is not int or getattr(shape, name) < 1}
+    if wrong:
+        raise ConfigError(f"{expected}, got {', '.join(f'{name} {value!r}' for name, value in wrong.items())}")
+    return shape
 
 
 def _json(path: Path) -> dict:

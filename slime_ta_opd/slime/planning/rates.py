@@ -7,6 +7,7 @@ A file of rates is JSON: {"gpus": {kind: {...}}, "rates": {name: {"value", "unit
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Gpu:
     def with_values(self, **values: float | None) -> Gpu:
         given = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
-            if name not in GPU_FIELDS or value <= 0:
+            if name not in GPU_FIELDS or not 0 < value < math.inf:
                 raise ConfigError(f"GPU {name}: expected a positive number, got {value!r}")
         return replace(self, **given, notes={**self.notes, **dict.fromkeys(given, "given")})
 

@@ -7,6 +7,7 @@ from slime.planning.layout import GRID, MODES, SEARCHED, Layout, Servers, Split,
 from slime.planning.predict import Prediction, Task, predict, trainer_layouts
 from ta_opd.errors import ConfigError
 
+GIB = 2**30
 LAYOUTS_TRIED = 6  # of the fastest layouts of a trainer's size, where memory refuses the first ones
 
 
@@ -19,16 +20,36 @@ def best_plan(task: Task, modes: tuple[str, ...] = SEARCHED) -> Prediction:
             prediction = predict(task, split)
             (found if prediction.fits else misfits).append(prediction)
     if not found:
-        raise ConfigError(_nothing_fits(task, misfits))
+        raise ConfigError(_nothing_fits(task, misfits, modes))
     return min(found, key=lambda p: (round(p.total, 6), p.split.gpus, MODES.index(p.split.mode)))
 
 
-def _nothing_fits(task: Task, misfits: list[Prediction]) -> str:
+def _nothing_fits(task: Task, misfits: list[Prediction], modes: tuple[str, ...]) -> str:
     m = task.machine
     nearest = sorted(misfits, key=lambda p: (len(p.problems), p.bytes_by_role["trainer"]))[:1]
-    why = "; ".join(p for n in nearest for p in n.problems) or "no layout divides the models over these GPUs"
+    why = "; ".join(p for n in nearest for p in n.problems) or _nothing_tried(task, modes)
     return (f"plan: expected a split of {m.gpus} x {m.gpu.kind} that holds student {task.student.name} and teacher {task.teacher.name}, got none. "
             f"Nearest: {why}. Use more GPUs or larger ones, a smaller teacher, or shorter responses")  # fmt: skip
+
+
+def _nothing_tried(task: Task, modes: tuple[str, ...]) -> str:
+    """Why there was not even a misfit: one part does not fit by itself, or the parts together take more GPUs than there are."""
+    work, room = task.work, memory.usable(task.machine.gpu, task.rates)
+    sequences = work.responses // work.optimizer_steps
+    found = [x for size in GRID if size <= task.machine.gpus for x in layouts(task.student, size, task.machine.per_node, sequences)]
+    if not found:
+        return "no layout divides the student over these GPUs"
+    if not any(_layouts(task, size) for size in GRID if size <= task.machine.gpus):
+        needs = ((memory.trainer_memory(task.student, x, work, task.rates, -(-work.longest // x.cp)).total, str(x)) for x in found)
+        least, layout = min(needs)
+        return (f"memory: the trainer alone needs {least / GIB:.1f} GiB a GPU ({layout}, sequences of {work.longest} tokens); "
+                f"{room / GIB:.1f} GiB are usable")  # fmt: skip
+    for name, model in (("student", task.student), ("teacher", task.teacher)):
+        sizes = [tp for tp in server_sizes(model, task.machine.per_node) if tp <= task.machine.gpus]
+        if not any(_weights_fit(task, model, tp) for tp in sizes):
+            least = min((memory.server_weights(model, tp) for tp in sizes), default=memory.server_weights(model, 1))
+            return f"memory: the {name}'s weights take {least / GIB:.1f} GiB of each GPU of one server; {room / GIB:.1f} GiB are usable"
+    return f"mode {' or '.join(modes)} takes more GPUs than these (trainer, student engines and teacher apart: at least one each)"
 
 
 def _splits(task: Task, mode: str):
