@@ -30,9 +30,18 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def source_files(args: argparse.Namespace) -> list[Path]:
-    """Files of --source, directories searched; downloaded when none was given. Raises ConfigError."""
+def source_files(args: argparse.Namespace, written: list[Path]) -> list[Path]:
+    """Files of --source, directories searched; downloaded when none was given. Raises ConfigError.
+
+    written: outputs of this call. One that an earlier call left in a directory that is searched is no source; one that is named is refused.
+    """
     given = list(args.source)
+    own = {path.resolve() for path in written}
+    if len(own) < len(written):
+        raise ConfigError(f"HELDOUT_OUTPUT={written[1]}: expected another file than OUTPUT")
+    for path in given:
+        if path.resolve() in own:
+            raise ConfigError(f"OUTPUT={path}: expected another file than SOURCE, which would be written over")
     if not given:
         if args.kind not in HUB:
             raise ConfigError(f"SOURCE: expected a file for kind {args.kind}, got nothing")
@@ -45,7 +54,7 @@ def source_files(args: argparse.Namespace) -> list[Path]:
     files = []
     for path in given:
         if path.is_dir():
-            found = sorted(f for pattern in ("*.parquet", "*.jsonl") for f in path.rglob(pattern))
+            found = sorted(f for pattern in ("*.parquet", "*.jsonl") for f in path.rglob(pattern) if f.resolve() not in own)
             files += [f for f in found if args.kind != "gsm8k" or ("main" in str(f) and "train" in f.name)] or found
         else:
             files.append(path)
@@ -57,7 +66,8 @@ def source_files(args: argparse.Namespace) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        files = source_files(args)
+        target = args.heldout_output or args.output.with_name(f"{args.output.stem}_heldout{args.output.suffix}")
+        files = source_files(args, [args.output, target] if args.heldout else [args.output])
         readers = {"dapo": prompt_sets.dapo, "gsm8k": prompt_sets.gsm8k, "lm_eval_log": prompt_sets.lm_eval_log}
         read = readers.get(args.kind) or prompt_sets.chat(args.prompt_key, args.label_key)
         prompts = prompt_sets.collect(prompt_sets.read_rows(files), read)
@@ -66,7 +76,6 @@ def main(argv: list[str] | None = None) -> int:
         prompt_sets.record(args.output.with_suffix(".indices.json"), prompts, files, heldout, args.heldout_seed, args.second_half)
         print(f"{args.output}: {len(train)} prompts of {prompts.rows_read} rows ({prompts.duplicates} duplicates, {prompts.skipped} empty)")
         if heldout:
-            target = args.heldout_output or args.output.with_name(f"{args.output.stem}_heldout{args.output.suffix}")
             prompt_sets.write(prompts.subset(heldout), target, as_messages=args.as_messages)
             print(f"{target}: {len(heldout)} held-out prompts")
     except TaOpdError as error:

@@ -145,3 +145,21 @@ def test_sources_that_cannot_be_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"source .*{name}"):
         list(prompt_sets.read_rows([tmp_path / name]))
+
+
+def test_outputs_are_never_sources(tmp_path):
+    """Called again on a directory that holds its outputs, it must draw the same held-out prompts; a source is not written over."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(20)))
+    words = ("--kind", "chat", "--heldout", 5, "--output", tmp_path / "a.jsonl")
+    results = []
+    for _ in range(2):
+        done = make(*words, "--source", tmp_path)
+        assert done.returncode == 0, done.stderr
+        results.append(((tmp_path / "a.jsonl").read_text(), (tmp_path / "a_heldout.jsonl").read_text()))
+    assert results[0] == results[1] and len(lines(tmp_path / "a.jsonl")) == 15
+    before = source.read_text()
+    done = make("--kind", "chat", "--heldout", 5, "--source", source, "--output", tmp_path / "." / "in.jsonl")
+    assert done.returncode == 2 and "expected another file than SOURCE" in done.stderr and source.read_text() == before
+    done = make(*words, "--source", source, "--heldout-output", tmp_path / "a.jsonl")
+    assert done.returncode == 2 and "HELDOUT_OUTPUT" in done.stderr
