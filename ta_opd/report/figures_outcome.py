@@ -226,7 +226,7 @@ def kept_tokens(arms: Arms, styles: Styles) -> Picture | None:
         if len(arms) > 12:  # tall bars, beside which lines would be stretched
             axes[0].remove()
             axes[1].set_subplotspec(axes[1].get_gridspec()[:])
-        return picture(figure, "kept_tokens", "Kept tokens", "Bar: share really kept over the whole run, black tick: budget asked for." + many(styles),
+        return picture(figure, "kept_tokens", "Kept tokens", "Bar: share really kept over the whole run, tick: budget asked for." + many(styles),
                        "Kept tokens by rollout and share kept by method.")  # fmt: skip
 
 

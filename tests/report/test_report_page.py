@@ -227,6 +227,16 @@ def test_arms_have_looks_of_their_own_and_text_has_contrast():
     assert 1.05 / (luminance(style.SOFT) + 0.05) >= 4.5
 
 
+def test_a_dark_page_is_readable_too_and_leaves_colour_scales_as_they_are():
+    dark = (page.ASSETS / "report.css").read_text().split("prefers-color-scheme: dark")[1]
+    paper, wash = (luminance(re.search(rf"--{name}: (#\w+)", dark).group(1)) for name in ("paper", "wash"))
+    for name in ("ink", "soft", "accent", "warn"):
+        own = luminance(re.search(rf"--{name}: (#\w+)", dark).group(1))
+        assert (own + 0.05) / (max(paper, wash) + 0.05) >= 4.5, name
+    assert round(255 * 0.1) == int(re.search(r"--paper: #(\w\w)", dark).group(1), 16)  # what invert(.9) makes of a picture's white
+    assert "#figure-plane svg, #figure-response svg { filter: none" in dark
+
+
 def test_palettes_are_the_colour_blind_safe_ones():
     scales = page.palettes()
     assert set(scales) == {"cividis", "viridis", "signed"}
