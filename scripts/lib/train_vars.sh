@@ -144,8 +144,8 @@ vars_selection() {
 
 vars_selection_common() { # all but rule and ratio, which a suite sets row by row
   var OPD_BUDGET_GAMMA "float:[0,1]" 0.5 "entropy share of split_budget_ca" @--opd-budget-gamma
-  var OPD_TOPK_METRICS_K int:0 0 "K of top-k; with a mask or a bank, 0 becomes 16" @--opd-topk-metrics-k
-  var OPD_TOKEN_BANK_DIR str? "" "token bank; with a mask or K, empty becomes SAVE_DIR/token_bank" @--opd-token-bank-dir
+  var OPD_TOPK_METRICS_K int:0 0 "K of top-k; with a mask, an own rule or a bank, 0 becomes 16" @--opd-topk-metrics-k
+  var OPD_TOKEN_BANK_DIR str? "" "token bank; with a mask, an own rule or K, empty becomes SAVE_DIR/token_bank" @--opd-token-bank-dir
   var OPD_TOKEN_BANK_FORMAT choice:csv,jsonl,parquet csv "format of the token bank" @--opd-token-bank-format
   var OPD_TOKEN_BANK_RAW_TOPK bool 0 "keep raw top-k ids and log-probs in the bank" @--opd-token-bank-raw-topk
   var OPD_TOKEN_BANK_PAIR_ID str? "" "label of the pair in the bank; empty: made of the two directory names" @--opd-token-bank-pair-id
@@ -173,7 +173,7 @@ vars_selection_common() { # all but rule and ratio, which a suite sets row by ro
   var OPD_EXACT_CMASS_WINDOW int:1? "" "positions scored together; empty: chosen by measurement" @--opd-exact-cmass-window
   var OPD_TEACHER_NAME str? "" "label in the bank; empty: the teacher's directory or address" @--opd-teacher-name
   var OPD_STUDENT_NAME str? "" "label in the bank; empty: the student's directory" @--opd-student-name
-  var OPD_SELECTOR_PATH str? "" "own selector: package.module:function or file.py:function" @--opd-selector-path
+  var OPD_SELECTOR_PATH str? "" "own selector in the place of OPD_BUDGET_MASK: package.module:function or file.py:function" @--opd-selector-path
 }
 
 vars_evaluation() {
