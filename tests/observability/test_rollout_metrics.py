@@ -48,3 +48,9 @@ def test_a_response_without_a_token_changes_nothing_but_the_counts_of_samples():
     assert {k: v for k, v in found.items() if k not in counted} == {k: v for k, v in without.items() if k not in counted}
     assert found["rollout/samples"] == 3 and found["rollout/kept_tokens"] == 3
     assert rollout_metrics([empty], None)["rollout/kept_tokens"] == 0
+
+
+def test_metadata_of_a_data_set_that_is_no_name_of_a_teacher():
+    """It ended the rollout: a dict is no key."""
+    samples = [sample(1.0, 2, {"name": "Mrs. Smith"}), sample(1.0, 2, ["a", "b"])]
+    assert not [key for key in rollout_metrics(samples, None) if key.startswith("teacher/")]

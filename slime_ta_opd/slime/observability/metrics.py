@@ -48,8 +48,9 @@ def rollout_metrics(samples: Sequence[Sample], selection: dict[str, Any] | None)
             out[f"rollout/{key}"] = float(value)
     by_teacher: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
-        if sample.metadata.get("teacher"):
-            by_teacher.setdefault(sample.metadata["teacher"], []).append(i)
+        name = sample.metadata.get("teacher")
+        if isinstance(name, str) and name:  # a data set may keep something else under that key where there is one teacher
+            by_teacher.setdefault(name, []).append(i)
     for name, rows in by_teacher.items():
         part = rollout_metrics_pair(samples, rows)
         out |= {f"teacher/{name}/{key}": value for key, value in part.items()}
