@@ -258,12 +258,32 @@ print_variables() { # for other programs: group, name, type, default, meaning, f
   done
 }
 
+_did_you_mean() { # "; did you mean NAME?" for the variable that is at most three letters away from $1, whatever its case; else nothing
+  printf '%s\n' "${!_VAR_TYPE[@]}" | awk -v word="$1" '
+    BEGIN { word = toupper(word); n = length(word); least = 4 }
+    {
+      m = length($0)
+      for (j = 0; j <= m; j++) row[j] = j
+      for (i = 1; i <= n; i++) {
+        corner = row[0]; row[0] = i
+        for (j = 1; j <= m; j++) {
+          change = corner + (substr(word, i, 1) != substr($0, j, 1)); corner = row[j]
+          if (row[j] + 1 < change) change = row[j] + 1
+          if (row[j - 1] + 1 < change) change = row[j - 1] + 1
+          row[j] = change
+        }
+      }
+      if (row[m] < least || row[m] == least && $0 < best) { least = row[m]; best = $0 }
+    }
+    END { if (least <= 3 && least * 3 <= n) printf "; did you mean %s?", best }'
+}
+
 _warn_unknown() { # a misspelt OPD_..., ROLLOUT_... variable would silently do nothing
   local name
   if [[ -z ${_VAR_TYPE[OPD_PROFILE]+set} ]]; then return; fi # no launcher of training
   while IFS= read -r name; do
     if [[ $name =~ ^(OPD|ROLLOUT|NUM_ROLLOUT|TEACHER|STUDENT|ACTOR|SAVE|N_SAMPLES)_?[A-Z] && -z ${_VAR_TYPE[$name]+set} ]]; then
-      printf 'warning: %s is set, but this launcher has no such variable (--help lists them)\n' "$name" >&2
+      printf 'warning: %s is set, but this launcher has no such variable (--help lists them)%s\n' "$name" "$(_did_you_mean "$name")" >&2
     fi
   done < <(compgen -e)
 }
@@ -280,7 +300,7 @@ launcher_init() {
         break
         ;;
       [A-Za-z_]*=*)
-        if [[ -z ${_VAR_TYPE[${1%%=*}]+set} ]]; then die "$1: this launcher has no variable ${1%%=*} (--help lists them)"; fi
+        if [[ -z ${_VAR_TYPE[${1%%=*}]+set} ]]; then die "$1: this launcher has no variable ${1%%=*} (--help lists them)$(_did_you_mean "${1%%=*}")"; fi
         export "${1?}"
         ;;
       *) die "$1: expected NAME=value, --help, or -- followed by more train.py flags" ;;

@@ -123,7 +123,16 @@ def test_a_port_that_is_taken(launch, pair_variables):
 def test_a_misspelt_opd_variable_is_noticed(launch, pair_variables):
     done = launch(RUN, DRY_RUN="1", OPD_BUDGET_RATIOS="0.1", **pair_variables("4b_to_1p7b"))
     assert done.code == 0
-    assert "warning: OPD_BUDGET_RATIOS is set, but this launcher has no such variable" in done.err
+    assert "warning: OPD_BUDGET_RATIOS is set, but this launcher has no such variable (--help lists them); did you mean OPD_BUDGET_RATIO?" in done.err
+
+
+@pytest.mark.parametrize(("word", "meant"), [
+    ("NUM_ROLOUTS=3", "NUM_ROLLOUT"), ("opd_budget_ratio=0.1", "OPD_BUDGET_RATIO"), ("OPD_TOPK_K=8", None), ("FOO=1", None),
+])  # fmt: skip
+def test_a_name_that_no_launcher_has_is_answered_with_the_nearest(word, meant):
+    done = subprocess.run(["bash", str(ROOT / "scripts/train/run_teachability.sh"), word], capture_output=True, text=True)
+    known = f"error: {word}: this launcher has no variable {word.split('=')[0]} (--help lists them)"
+    assert done.returncode == 2 and done.stderr.strip() == known + (f"; did you mean {meant}?" if meant else "")
 
 
 @pytest.mark.parametrize(
@@ -270,3 +279,12 @@ def test_a_project_below_a_directory_with_blanks(place, pair_variables, tmp_path
     words = shlex.split(done.stdout)
     assert shlex.split(words[words.index("--train-command") + 1]) == ["bash", str(project / "scripts/train/run_opd.sh")]
     assert words[words.index("--prompt-data", words.index("training")) + 1].startswith(str(tmp_path / "o & ut"))
+
+
+def test_evaluation_takes_the_names_of_training_and_no_negative_limit(launch, place):
+    models = {"MODELS": f"base={place}/models/Qwen3-1.7B", "DATA": str(place / "train.jsonl")}
+    for script in ("scripts/eval/run_downstream_gsm8k_full.sh", "scripts/eval/run_heldout_math.sh"):
+        assert "--device cuda" in launch(script, DRY_RUN="1", DEVICE="gpu", check=True, **models).out.replace(" \\\n ", "")
+    for limit, fine in (("-1", False), ("x", False), ("1.5", False), ("200", True), ("0.1", True)):
+        done = launch("scripts/eval/run_downstream_gsm8k_full.sh", DRY_RUN="1", LIMIT=limit, **models)
+        assert done.code == (0 if fine else 2) and (fine or f"error: LIMIT={limit}: expected a number of questions" in done.err)
