@@ -13,7 +13,7 @@ from slime.evaluation import heldout, scores
 from slime.utils.config_file import json_value
 from slime.utils.misc import load_tokenizer, quiet_environment
 from ta_opd.errors import ConfigError, TaOpdError
-from ta_opd.suite.memory import fingerprint, write_json
+from ta_opd.suite.memory import fingerprint, stamp, write_json
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             models[label] = model
         for label, model in models.items():
             directory = args.run_dir / label / task
-            print_of_run = fingerprint([model, repr(settings)])
+            read = [stamp(Path(p)) for p in (model, args.data) if not p.startswith("http")]  # a checkpoint that was written anew is another one
+            print_of_run = fingerprint([model, repr(settings), *read])
             result = _finished(directory / "results.json", print_of_run)
             if result is None:
                 generate, tokenizer = generator(model, args)

@@ -34,6 +34,7 @@ var TRUST_REMOTE_CODE bool 0 "let model directories run their own code"
 group "How to run"
 var DRY_RUN choice:0,1 0 "print the exact command"
 launcher_init "$@"
+if [[ $DEVICE == gpu ]]; then DEVICE=cuda; fi # as the training launchers call it
 use_python
 command=()
 if [[ -n $GPU ]]; then command=(env "CUDA_VISIBLE_DEVICES=$GPU"); fi

@@ -50,6 +50,10 @@ eval_run() {
   launcher_init "$@"
   if [[ -z $TASKS && -z $PROMPT_TASKS ]]; then bad TASKS "harness tasks such as gsm8k_cot (or PROMPT_TASKS)"; fi
   if [[ -n $TIMEOUT && ! $TIMEOUT =~ ^[0-9]+[smh]?$ ]]; then bad TIMEOUT "a time such as 150m"; fi
+  if [[ -n $LIMIT && ! $LIMIT =~ ^[0-9]+$ ]] && ! { _is_number "$LIMIT" && _in_interval "$LIMIT" "(0,1)"; }; then
+    bad LIMIT "a number of questions, or a share of them below 1"
+  fi
+  if [[ $DEVICE == gpu ]]; then DEVICE=cuda; fi # as the training launchers call it
   stop_on_errors
   use_conda
   use_python

@@ -24,7 +24,7 @@ from ta_opd.fixed_context.join import join_baseline
 from ta_opd.fixed_context.sampling import SamplingConfig, drop_trained, read_prompts, sample_bank
 from ta_opd.fixed_context.scoring import ScoringConfig, score_contexts
 from ta_opd.fixed_context.tables import read_meta, read_table, write_json, write_table
-from ta_opd.suite.memory import directory_lock
+from ta_opd.suite.memory import directory_lock, stamp
 from ta_opd.suite.process import run_logged, stop_requests
 
 STEPS = ("train", "export", "score_before", "convert", "score_after", "analyse", "robustness", "recommend", "summary", "report")
@@ -384,15 +384,8 @@ def _command(command: Sequence[str], log_file: Path, what: str) -> None:
 def _key(step: Step) -> str:
     digest = hashlib.sha256(json.dumps([step.name, step.options], sort_keys=True, default=str).encode())
     for path in step.inputs:
-        digest.update(_stamp(Path(path)).encode())
+        digest.update(stamp(Path(path)).encode())
     return digest.hexdigest()[:16]
-
-
-def _stamp(path: Path) -> str:
-    """Changes when the file, or a file directly in the folder, does."""
-    if path.is_dir():
-        return f"{path}[" + ";".join(_stamp(p) for p in sorted(path.iterdir()) if p.is_file()) + "]"
-    return f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" if path.exists() else f"{path}:absent"
 
 
 def _where(step: Step) -> str:

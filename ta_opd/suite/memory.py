@@ -31,6 +31,13 @@ def fingerprint(words: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
+def stamp(path: Path) -> str:
+    """Changes when the file, or a file directly in the folder, does."""
+    if path.is_dir():
+        return f"{path}[" + ";".join(stamp(p) for p in sorted(path.iterdir()) if p.is_file()) + "]"
+    return f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" if path.exists() else f"{path}:absent"
+
+
 PATIENCE_SECONDS = 120.0  # for what a killed suite had started to stop its servers
 
 

@@ -97,7 +97,8 @@ def test_tables(runs, tmp_path):
 def settings(tmp_path, **more):
     model = tmp_path / "model"
     model.mkdir(exist_ok=True)
-    (model / "config.json").write_text("{}")
+    if not (model / "config.json").exists():
+        (model / "config.json").write_text("{}")
     return harness.Settings(**({"models": {"base": str(model)}, "tasks": ("aime24",), "run_dir": tmp_path / "run", "python": "python"} | more))
 
 
@@ -168,6 +169,14 @@ def test_done_runs_are_skipped_unless_the_command_changed(tmp_path):
 
     assert ended() == ["done"]
     assert ended() == ["skipped"]
+    (tmp_path / "model/model.safetensors").write_text("trained further, written to the same place")
+    (tmp_path / "run/base/aime24/seed1234/m/results_1.json").unlink()
+    (tmp_path / "run/base/aime24/seed1234/m").rmdir()
+    assert ended() == ["done"]
+    assert ended() == ["skipped"]
+    done = json.loads((tmp_path / "run/base/aime24/seed1234/DONE").read_text())
+    (tmp_path / "run/base/aime24/seed1234/DONE").write_text(json.dumps({"fingerprint": done["fingerprint"]}))
+    assert ended() == ["skipped"]  # of an earlier version, which did not look at the model
     (tmp_path / "run/base/aime24/seed1234/m/results_1.json").unlink()
     (tmp_path / "run/base/aime24/seed1234/m").rmdir()
     assert ended(limit="5") == ["done"]
@@ -249,3 +258,26 @@ def test_heldout_complaints(checkpoint, tmp_path):
     (tmp_path / "null.jsonl").write_text('{"prompt": "1", "label": null}\n')
     with pytest.raises(ConfigError, match="LABEL_KEY=label: expected answers"):
         heldout.evaluate(None, tokenizer, heldout.Settings(data=str(tmp_path / "null.jsonl")))
+
+
+def test_heldout_accuracy_is_of_the_model_as_it_is_now(checkpoint, tmp_path, capsys):
+    """A checkpoint is often written to one place again; its old accuracy must not pass for the new one's."""
+    import importlib.util
+    import shutil
+
+    spec = importlib.util.spec_from_file_location("evaluate_math", ROOT / "tools/evaluate_math.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    shutil.copytree(checkpoint[0], tmp_path / "model")
+    words = ["--models", f"a={tmp_path / 'model'}", "--data", str(checkpoint[1]), "--run-dir", str(tmp_path / "run"), "--max-gen-toks", "2",
+             "--no-chat-template", "--base", "a"]  # fmt: skip
+    made = []
+    tool.heldout.transformers_generator, original = (lambda *a, **k: made.append(a) or original(*a, **k)), tool.heldout.transformers_generator
+    try:
+        for change, times in ((None, 1), (None, 1), ("weights", 2), (None, 2)):
+            if change:
+                file = tmp_path / "model" / "model.safetensors"
+                file.write_bytes(file.read_bytes())
+            assert tool.main(words) == 0 and len(made) == times
+    finally:
+        tool.heldout.transformers_generator = original

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from slime.evaluation import local_tasks
 from ta_opd.errors import ConfigError
-from ta_opd.suite.memory import fingerprint, write_json
+from ta_opd.suite.memory import fingerprint, stamp, write_json
 from ta_opd.suite.process import run_logged
 
 UNSAFE = re.compile(r"humaneval|mbpp")  # tasks that run code written by the model
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One harness process. Its directory holds harness.log, the harness's own files and DONE."""
+    """One harness process. Its directory holds harness.log, the harness's own files and DONE. inputs: a stamp of the files that it reads."""
 
     model: str
     task: str
@@ -59,6 +59,7 @@ class Job:
     sample: int
     directory: Path
     command: tuple[str, ...]
+    inputs: str = ""
 
 
 def check(settings: Settings) -> None:
@@ -91,7 +92,9 @@ def jobs(settings: Settings) -> list[Job]:
                     words = _command(settings, model, names.get(task, task), seed + 100_003 * sample, directory)
                     if task in names:
                         words += ["--include_path", str(include)]
-                    out.append(Job(label, task, seed, sample, directory, tuple(words)))
+                    read = [p for p in (model, settings.local_datasets.get(task), settings.prompt_tasks.get(task)) if p and not p.startswith("http")]
+                    inputs = fingerprint([stamp(Path(p)) for p in read]) if read else ""
+                    out.append(Job(label, task, seed, sample, directory, tuple(words), inputs))
     return out
 
 
@@ -139,9 +142,10 @@ def _server(address: str) -> list[str]:
 
 
 def is_done(job: Job) -> bool:
-    """DONE is there and was written for this very command."""
+    """DONE is there and was written for this very command, with the model and data as they are now."""
     try:
-        return json.loads((job.directory / "DONE").read_text())["fingerprint"] == fingerprint(job.command[1:])
+        done = json.loads((job.directory / "DONE").read_text())
+        return done["fingerprint"] == fingerprint(job.command[1:]) and done.get("inputs", job.inputs) == job.inputs
     except (OSError, ValueError, KeyError):
         return False
 
@@ -166,7 +170,7 @@ def run(settings: Settings, todo: Iterable[Job], environment: dict[str, str], st
         elif outcome.returncode or not any(job.directory.rglob("results_*.json")):
             ended.append((job, "failed"))
         else:
-            write_json(job.directory / "DONE", {"fingerprint": fingerprint(job.command[1:]), "seconds": round(outcome.seconds, 1)})
+            write_json(job.directory / "DONE", {"fingerprint": fingerprint(job.command[1:]), "inputs": job.inputs, "seconds": round(outcome.seconds, 1)})
             ended.append((job, "done"))
         print(f"  {ended[-1][1]} after {outcome.seconds:.0f} s", flush=True)
     return ended
