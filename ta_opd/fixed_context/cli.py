@@ -66,7 +66,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _format_action(self, action: argparse.Action) -> str:
         text = action.help or HELP.get(action.dest, "")
-        if action.option_strings and action.default not in (None, "", False, argparse.SUPPRESS) and action.default != [] and "default" not in text:
+        if action.option_strings and action.default not in (None, "", argparse.SUPPRESS, []) and not isinstance(action.default, bool) and "default" not in text:
             text = f"{text} (default: {action.default:.3g})" if isinstance(action.default, float) else f"{text} (default: {action.default})"
         action.help = text.strip() or None
         return super()._format_action(action)

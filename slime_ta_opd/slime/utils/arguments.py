@@ -51,6 +51,16 @@ SHAPE_FLAGS = {
 }  # fmt: skip
 
 
+class _Help(argparse.HelpFormatter):
+    """Adds a flag's default where its words do not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, "", argparse.SUPPRESS, []) or isinstance(action.default, bool) or "default" in text:
+            return text
+        return text + " (default: %(default)s)"
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage of 200 flags in front of it would hide that."""
 
@@ -62,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of train.py; groups follow the stages of a run."""
     parser = _Parser(
         prog="train.py",
-        description="On-policy distillation with token selection (SGLang, Ray, Megatron-core).",
+        usage="%(prog)s --hf-checkpoint DIR --teacher-model DIR --prompt-data FILE [flags]",
+        description="On-policy distillation with token selection (SGLang, Ray, Megatron-core). --dry-run shows what flags come to and starts nothing.",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     for add in (_run, _cluster, _models, _data, _rollout, _sglang, _teacher, _selection, _loss, _optimizer, _parallel,
