@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from ta_opd.errors import TaOpdError
 from ta_opd.fixed_context.selector_inputs import selector_inputs
 from ta_opd.fixed_context.support import parse_lists
+from ta_opd.fixed_context.tables import read_table
 from ta_opd.report.figures_tokens import kept_rows
 from ta_opd.report.loading import BANK_COLUMNS, TOPK_COLUMNS, Run, Suite, sample_bank
 from ta_opd.report.vocabulary import Vocabulary
@@ -185,8 +186,9 @@ def frozen_blocks(suite: Suite, runs: list[Run], pieces: Pieces, max_bytes: int,
 
 def frozen_block(suite: Suite, run: Run, pieces: Pieces, share: float) -> dict:
     """The frozen contexts of one run, scores from before training, the tokens its rule would keep there, KL before and after."""
-    inputs = selector_inputs(run.contexts, source="full")
-    table = run.contexts.iloc[inputs.rows].reset_index(drop=True)
+    whole = run.contexts if run.contexts_file is None else read_table(run.contexts_file)  # with lists, for as long as this block takes
+    inputs = selector_inputs(whole, source="full")
+    table = whole.iloc[inputs.rows].reset_index(drop=True)
     config = SelectionConfig.from_args(Namespace(**run.config))
     selection = select_tokens(inputs.metrics, inputs.valid, inputs.response_lengths, config, **inputs.arguments())
     for name in ("H_norm", "D_norm", "C_norm", "Dlearn"):

@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from ta_opd.errors import DataError
@@ -62,7 +63,7 @@ class ArmKey:
 @dataclass
 class Run:
     """One training run. metrics: one row a rollout, columns as in metrics.jsonl; evals: lines of eval.jsonl;
-    contexts: the scored frozen contexts joined with those before training, or None."""
+    contexts: the scored frozen contexts joined with those before training, without raw top-k lists, or None; contexts_file has these, too."""
 
     name: str
     directory: Path
@@ -75,6 +76,7 @@ class Run:
     bank_dir: Path | None
     contexts: pd.DataFrame | None
     contexts_meta: dict[str, Any] = field(default_factory=dict)
+    contexts_file: Path | None = None
 
     def column(self, *names: str) -> np.ndarray:
         """[rollouts] float64: the first of `names` that the run logged, NaN where it did not."""
@@ -167,7 +169,7 @@ def diagnostic_checkpoints(directory: Path, notes: list[str]) -> list[Run]:
         contexts, meta = _read_contexts(path, path.name, notes)
         if contexts is not None:
             key = ArmKey("full", 1.0, title="Checkpoint " + path.name.removeprefix("eval_").replace("_", " "))
-            runs.append(Run(path.name, path, key, "", {}, pd.DataFrame({"rollout_id": []}), [], {}, None, contexts, meta))
+            runs.append(Run(path.name, path, key, "", {}, pd.DataFrame({"rollout_id": []}), [], {}, None, contexts, meta, path / FIXED_CONTEXT_FILE))
     return runs
 
 
@@ -177,14 +179,16 @@ def _trained(latest: Run, directory: Path, notes: list[str]) -> Run:
     if run is None:
         notes.append(f"{directory}: no metrics.jsonl, so there are no curves over training")
         return latest
-    return replace(run, name=latest.name, key=latest.key, contexts=latest.contexts, contexts_meta=latest.contexts_meta)
+    same = {name: getattr(latest, name) for name in ("name", "key", "contexts", "contexts_meta", "contexts_file")}
+    return replace(run, **same)
 
 
 def _read_contexts(place: Path, name: str, notes: list[str]) -> tuple[pd.DataFrame | None, dict[str, Any]]:
     """The scored contexts in `place` and their record, or None with a note where they cannot be used."""
     file = place / FIXED_CONTEXT_FILE
     try:
-        contexts, meta = read_table(file), read_meta(file)
+        meta = read_meta(file)
+        contexts = read_table(file, [name for name in pq.read_schema(file).names if not re.search(r"_top_(ids|logps)(_base)?$", name)])
     except DataError as error:
         notes.append(f"{name}: {error}")
         return None, {}
@@ -220,7 +224,7 @@ def read_run(directory: Path, contexts_dir: Path | None, notes: list[str]) -> Ru
     contexts, meta = _read_contexts(place, directory.name, notes) if place else (None, {})
     return Run(
         directory.name, directory, key, seed, config, metrics, json_lines(directory / "eval.jsonl"), _json(directory / "DONE"),
-        bank_dir if bank_dir.is_dir() else None, contexts, meta,
+        bank_dir if bank_dir.is_dir() else None, contexts, meta, place / FIXED_CONTEXT_FILE if contexts is not None else None,
     )  # fmt: skip
 
 

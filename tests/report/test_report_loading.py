@@ -11,7 +11,7 @@ import pytest
 import report_suite
 
 from ta_opd.errors import DataError
-from ta_opd.report import loading
+from ta_opd.report import heatmap, loading
 from ta_opd.report.loading import ArmKey
 
 
@@ -104,3 +104,12 @@ def test_aliases_and_ratio_one_are_full_or_canonical(tmp_path):
     for mask, ratio, key in (("none", 0.1, ArmKey("full", 1.0)), ("entropy", 1.0, ArmKey("full", 1.0)), ("teachability", 0.2, ArmKey("dlearn_high", 0.2))):
         report_suite.write_run(tmp_path / f"{mask}{ratio}", mask, ratio, 0.5, 1, 2, 3, 4, 5, False, 8)
         assert loading.read_run(tmp_path / f"{mask}{ratio}", None, []).key == key
+
+
+def test_lists_of_frozen_contexts_are_read_when_they_are_shown(suite_dir):
+    """Raw top-k lists are most of a table: with those of all 84 runs of a large suite in memory a report took gigabytes."""
+    suite = loading.load(suite_dir)
+    for run in suite.runs:
+        assert not [name for name in run.contexts if "_top_" in name] and {"KLf_full", "KLf_full_base", "Hs_full_base"} <= set(run.contexts)
+    blocks = [b for b in heatmap.build(suite, None, max_bytes=10**7, notes=[])["blocks"] if b["kind"] == "frozen"]
+    assert len(blocks) == len(suite.arms) and all(set(b["top"]) == {"student", "teacher", "trained"} for b in blocks)
