@@ -61,7 +61,11 @@ def read_prompts(path, input_key: str = "prompt", label_key: str = "label") -> l
             raise DataError(f"prompt file {path}: cannot be read as parquet ({str(error).splitlines()[0][:160]})") from error
     else:
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines would cut at U+2028 inside a prompt
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"prompt file {path}: expected UTF-8 text ({error})") from error
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a prompt
             if line.strip():
                 try:
                     rows.append(json.loads(line))

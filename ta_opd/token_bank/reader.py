@@ -61,10 +61,13 @@ def column_names(path: Path) -> list[str]:
     kind = file_kind(path)
     if kind == "parquet":
         return _open_parquet(path).schema_arrow.names
-    with open(path, newline="", encoding="utf-8") as file:
-        if kind == "csv":
-            return next(csv.reader(file), [])
-        first = file.readline()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if kind == "csv":
+                return next(csv.reader(file), [])
+            first = file.readline()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error})") from error
     return list(_json_row(first, path)) if first.strip() else []
 
 

@@ -71,3 +71,11 @@ def test_penalties_of_the_checkpoint_do_not_change_what_is_sampled(models, tmp_p
     config = SamplingConfig(num_contexts=6, max_response_tokens=12, seed=3)
     plain, changed = (sample_bank(prompts, str(path), config)[0] for path in (models["student"], penalised))
     assert changed["tokens"].tolist() == plain["tokens"].tolist()
+
+
+def test_prompt_files_of_other_encodings(tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
+    assert read_prompts(tmp_path / "bom.jsonl")[0]["prompt"] == "a"
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(DataError, match="latin.jsonl: expected UTF-8 text"):
+        read_prompts(tmp_path / "latin.jsonl")

@@ -164,3 +164,12 @@ def test_memory_of_a_merge_does_not_grow_with_the_bank(tmp_path):
             rows, peaks[name] = json.loads(subprocess.run(arguments, check=True, capture_output=True, timeout=120).stdout)
             assert rows == rollouts * 10_000
         assert peaks["large"] - peaks["small"] < 40, peaks
+
+
+def test_banks_that_an_editor_saved_in_another_encoding(tmp_path):
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbftok_pos,token_id\n0,5\n")
+    assert read_bank(tmp_path / "bom.csv")["token_id"].tolist() == [5]
+    assert read_bank(tmp_path / "bom.csv", ["tok_pos"])["tok_pos"].tolist() == [0]
+    (tmp_path / "latin.csv").write_bytes(b"tok_pos,token_id,\xe9\n0,5,1\n")
+    with pytest.raises(DataError, match="latin.csv: expected UTF-8 text"):
+        merge_banks([tmp_path / "latin.csv"], tmp_path / "out.parquet")
