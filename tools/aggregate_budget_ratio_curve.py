@@ -16,7 +16,7 @@ CURVES = ("bootstrap_mean_diff", "matching_mean_diff", "mean_gain")
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.new_parser(__doc__)
-    p.add_argument("--root", action="append", required=True, metavar="LABEL=DIR", help="folder of runs (repeat, one a seed)")
+    p.add_argument("--root", action="append", required=True, metavar="LABEL=DIR", help="folder of a suite, or of runs of one seed (repeat)")
     p.add_argument("--output-dir", required=True)
     return p
 

@@ -18,7 +18,7 @@ from ta_opd.fixed_context.tables import to_markdown, write_table
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.new_parser(__doc__)
-    p.add_argument("--root", action="append", required=True, metavar="SEED=DIR", help="folder of <mask>_ratio<tag> runs of one seed (repeat)")
+    p.add_argument("--root", action="append", required=True, metavar="SEED=DIR", help="folder of a suite, or of <mask>_ratio<tag> runs of one seed (repeat)")
     p.add_argument("--output-dir", required=True)
     p.add_argument("--ratio", type=float, default=0.05)
     p.add_argument("--metric", default="bootstrap_mean_diff", help="column of the gain summary to compare")

@@ -15,7 +15,7 @@ from ta_opd.fixed_context.tables import to_markdown, write_table
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.new_parser(__doc__)
-    p.add_argument("--root", action="append", required=True, metavar="LABEL=DIR", help="folder of <mask>_ratio<tag> runs (repeat)")
+    p.add_argument("--root", action="append", required=True, metavar="LABEL=DIR", help="folder of a suite, or of <mask>_ratio<tag> runs (repeat)")
     p.add_argument("--output-dir", required=True)
     p.add_argument("--ratios", help="only these budgets, comma-separated")
     p.add_argument("--masks", help="only these selectors, comma-separated")

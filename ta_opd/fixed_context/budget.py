@@ -1,7 +1,8 @@
 """Budget curves: what a finished set of runs says about gain or accuracy against the share of tokens kept.
 
-A run folder is named `<mask>_ratio<tag>`; tags are read as r0p05 / 0p05 (this project: the number with p for the point) and as the
-released 005 (the number without its point). Where a token bank is beside it, the ratio kept in fact is the bank's.
+A run folder is named `<mask>_ratio<tag>`, or `<mask>_<tag>_<seed label>` in a suite of this project; tags are read as r0p05 / 0p05 (this
+project: the number with p for the point) and as the released 005 (the number without its point). The ratio kept in fact is that of the
+token bank beside it, or of the suite's summary.
 """
 
 import re
@@ -15,7 +16,10 @@ from ta_opd.fixed_context import plots
 from ta_opd.fixed_context.tables import read_table, to_markdown, write_table
 
 GAIN_SUMMARY = "q3_bootstrap_matching_summary.csv"
+SUITE_SUMMARY = "suite_summary.csv"
 _RUN = re.compile(r"^(?P<mask>.+?)_r(?:atio)?_?(?P<tag>r?\d+(?:[p.]\d+)?)$")
+_SUITE_RUN = re.compile(r"^(?P<mask>[a-z0-9_]+)_(?P<tag>r[01]p\d+)_(?P<seed>[A-Za-z0-9._-]+)$")
+_SET_ASIDE = re.compile(r"\.old_\d{8}_\d{6}$")  # by FORCE=1
 
 
 def parse_ratio_tag(tag: str) -> float:
@@ -31,33 +35,38 @@ def parse_ratio_tag(tag: str) -> float:
     raise DataError(f"ratio tag: expected r0p05, 0p05 or the released 005, got {tag!r}")
 
 
-def run_name_parts(name: str) -> tuple[str, float]:
-    """(mask, ratio) of a run folder's name. DataError when it has another form."""
-    match = _RUN.match(name)
+def run_name_parts(name: str) -> tuple[str, float, str]:
+    """(mask, ratio, seed label or "") of a run folder's name. DataError when it has another form."""
+    match = None if _SET_ASIDE.search(name) else _RUN.match(name) or _SUITE_RUN.match(name)
     if not match:
-        raise DataError(f"run folder {name!r}: expected <mask>_ratio<tag>, such as dlearn_high_ratio0p05")
-    return match["mask"], parse_ratio_tag(match["tag"])
+        raise DataError(f"run folder {name!r}: expected <mask>_ratio<tag>, such as dlearn_high_ratio0p05, or <mask>_r0p05_<seed label>")
+    return match["mask"], parse_ratio_tag(match["tag"]), match.groupdict().get("seed") or ""
 
 
 def collect_gain_runs(roots: dict[str, Path]) -> tuple[pd.DataFrame, list[str]]:
     """(rows, notes): one row a run folder with a gain summary under each root (label -> folder): label, mask, ratio, the summary's columns,
-    mean_gain of its tokens, and keep_ratio of a token bank when one is there. Folders without a summary are named in the notes.
+    mean_gain of its tokens, and keep_ratio of a token bank, or of the suite's summary, when one is there. Folders without a summary are
+    named in the notes. The label of a run in a root with several seeds is its seed's ("root:seed" with several roots), else the root's.
     """
     rows, notes = [], []
     for label, root in roots.items():
         if not Path(root).is_dir():
             raise DataError(f"run root {root}: no such folder")
+        found = {}
         for folder in sorted(p for p in Path(root).iterdir() if p.is_dir()):
             try:
-                mask, ratio = run_name_parts(folder.name)
+                found[folder] = run_name_parts(folder.name)
             except DataError:
                 continue
+        real, several = _kept_in_suite(Path(root)), len({seed for *_, seed in found.values()}) > 1
+        for folder, (mask, ratio, seed) in found.items():
             summary = next(iter(sorted(folder.glob(f"**/{GAIN_SUMMARY}"))), None)
             if summary is None:
                 notes.append(f"{folder}: no {GAIN_SUMMARY}")
                 continue
-            row = {"label": label, "run": folder.name, "mask": mask, "ratio": ratio, **read_table(summary).iloc[0].to_dict()}
-            row |= kept_tokens(folder)
+            own = label if not several else seed if len(roots) == 1 else f"{label}:{seed}"
+            row = {"label": own, "run": folder.name, "mask": mask, "ratio": ratio, **read_table(summary).iloc[0].to_dict()}
+            row |= kept_tokens(folder) or real.get((mask, round(ratio, 9), seed), {})
             if "mean_gain" not in row:
                 tokens = summary.parent / "analysis_tokens.parquet"
                 if tokens.is_file():
@@ -70,6 +79,19 @@ def collect_gain_runs(roots: dict[str, Path]) -> tuple[pd.DataFrame, list[str]]:
         if gain in frame:
             frame[f"{gain}_per_keep"] = frame[gain] / frame.get("keep_ratio", frame["ratio"]).fillna(frame["ratio"])
     return frame, notes
+
+
+def _kept_in_suite(root: Path) -> dict[tuple[str, float, str], dict]:
+    """{(mask, ratio asked, seed label): what `kept_tokens` gives} from the summary of a suite in `root`; {} when there is none."""
+    if not (root / SUITE_SUMMARY).is_file():
+        return {}
+    names = {"keep_ratio": "budget_real", "kept_tokens": "kept_tokens", "valid_tokens": "valid_tokens"}
+    table = read_table(root / SUITE_SUMMARY)
+    if not {"mask", "budget_asked", "seed_label", *names.values()} <= set(table):
+        return {}
+    table = table[table["budget_real"].notna()]
+    return {(r["mask"], round(float(r["budget_asked"]), 9), str(r["seed_label"])): {ours: r[theirs] for ours, theirs in names.items()}
+            for r in table.to_dict("records")}  # fmt: skip
 
 
 def kept_tokens(folder: Path) -> dict:

@@ -112,9 +112,10 @@ def test_ratio_tags(tag, ratio):
 
 
 def test_run_names():
-    assert run_name_parts("dlearn_high_ratio005") == ("dlearn_high", 0.05)
-    assert run_name_parts("q3_highc_r0p10") == ("q3_highc", 0.1)
-    for bad in ("dlearn_high", "x_ratioabc"):
+    assert run_name_parts("dlearn_high_ratio005") == ("dlearn_high", 0.05, "")
+    assert run_name_parts("q3_highc_r0p10") == ("q3_highc", 0.1, "")
+    assert run_name_parts("q3_highc_r0p10_seed2") == ("q3_highc", 0.1, "seed2")
+    for bad in ("dlearn_high", "x_ratioabc", "tip_r0p10_seed1.old_20260101_120000", "student_data_budget_k16_r0p10_tip_max64_seed1_tag.old_20260101_120000"):
         with pytest.raises(DataError):
             run_name_parts(bad)
     with pytest.raises(DataError):
@@ -140,6 +141,23 @@ def test_runs_are_collected_with_what_they_kept_in_fact(tmp_path):
         collect_gain_runs({"x": tmp_path / "q3_ratio0p05"})
     with pytest.raises(DataError, match="no such folder"):
         collect_gain_runs({"x": tmp_path / "absent"})
+
+
+def test_a_suites_own_folders_are_collected(tmp_path):
+    """They carry a seed label, and their token banks lie elsewhere: the suite's summary says what was kept."""
+    rows = []
+    for seed, gap in (("seed1", 0.04), ("seed2", 0.06)):
+        run_folder(tmp_path / "tag", f"tip_r0p10_{seed}", gap)
+        rows.append({"mask": "tip", "budget_asked": 0.1, "seed_label": seed, "budget_real": 0.2, "kept_tokens": 200, "valid_tokens": 1000})
+    run_folder(tmp_path / "tag", "tip_r0p10_seed1.old_20260101_120000", 9.0)
+    frame, notes = collect_gain_runs({"all": tmp_path / "tag"})
+    assert frame["label"].tolist() == ["seed1", "seed2"] and frame["mask"].tolist() == ["tip", "tip"] and not notes
+    assert frame["bootstrap_mean_diff_per_keep"].tolist() == pytest.approx([0.4, 0.6])
+    write_table(tmp_path / "tag" / "suite_summary.csv", pd.DataFrame(rows))
+    frame, _ = collect_gain_runs({"a": tmp_path / "tag", "b": tmp_path / "tag"})
+    assert frame["label"].tolist() == ["a:seed1", "a:seed2", "b:seed1", "b:seed2"]
+    assert frame["keep_ratio"].tolist() == [0.2] * 4 and frame["bootstrap_mean_diff_per_keep"].tolist()[:2] == pytest.approx([0.2, 0.3])
+    assert seed_summary(collect_gain_runs({"x": tmp_path / "tag"})[0], by=["mask"], value="bootstrap_mean_diff", seed="label")["seeds"].tolist() == [2]
 
 
 def test_budget_accuracy(tmp_path):
