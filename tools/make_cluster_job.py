@@ -103,7 +103,8 @@ export PYTHONPATH=$PWD:$PWD/slime_ta_opd${PYTHONPATH:+:$PYTHONPATH}
 port=$((20000 + SLURM_JOB_ID % 20000))
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$("$PY" -c 'import secrets; print(secrets.token_hex(32))') # only this job may talk to its cluster
-export RAY_AUTH_MODE RAY_AUTH_TOKEN
+SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from the job by itself
+export RAY_AUTH_MODE RAY_AUTH_TOKEN SRUN_CPUS_PER_TASK
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts[0]}
 head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" "$PY" -c 'import socket; print(socket.gethostbyname(socket.gethostname()))')

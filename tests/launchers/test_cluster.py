@@ -4,7 +4,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -76,6 +78,37 @@ def test_a_slurm_script_runs_its_launcher(launch, pair_variables, place, tmp_pat
     done = subprocess.run(["bash", tmp_path / "job.sbatch"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert neutral(done.stdout, place) == launch("scripts/train/run_tip.sh", DRY_RUN="1", check=True, **variables).out
+
+
+def test_a_slurm_script_of_several_nodes(launch, pair_variables, place, tmp_path):
+    """With stand-ins for Slurm's programs: who is started where, with which address, token and CPUs, and how the job ends."""
+    variables = pair_variables("8b_to_4b") | {"LAUNCHER": "scripts/train/run_tip.sh", "NUM_NODES": "3", "GPUS_PER_NODE": "4", "CPUS_PER_NODE": "24"}
+    script = launch(MAKE, check=True, **variables).out.replace("PLACE/", f"{place}/")
+    (tmp_path / "job.sbatch").write_text(script)
+    record = f'printf "%s cpus=%s token=%s\\n" "$*" "$SRUN_CPUS_PER_TASK" "${{#RAY_AUTH_TOKEN}}" >> {tmp_path}/calls'
+    stubs = {
+        "scontrol": "printf 'n1\\nn2\\nn3\\n'", "srun": f'{record}\nif [[ $* == *gethostbyname* ]]; then echo 10.0.0.1; else sleep 60; fi',
+        "python": f'if [[ $1 == -c ]]; then exec {shlex.quote(sys.executable)} "$@"; fi\nsleep 1\n{record}\necho "$RAY_ADDRESS"\nexit 7',
+    }  # fmt: skip
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(place), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "24", "PY": str(tmp_path / "python"),
+    }  # fmt: skip
+    process = subprocess.Popen(["bash", tmp_path / "job.sbatch"], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.wait(60) == 7  # the launcher's own code
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # Slurm ends the steps
+    assert process.stdout.read() == "10.0.0.1:20041\n"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 4 and all(line.endswith("cpus=24 token=64") for line in calls)
+    head, rest = (next(line for line in calls if f" start {flag}" in line) for flag in ("--head", "--block --address"))
+    assert "--nodelist=n1 " in head and "--port=20041" in head
+    assert "--nodes=2 --ntasks=2 --exclude=n1 " in rest and "--address=10.0.0.1:20041" in rest
+    assert "tools/run_on_ray.py --address 10.0.0.1:20041 --wait-nodes 3 -- bash scripts/train/run_tip.sh" in calls[-1]
 
 
 def test_the_schema_refuses_what_kuberay_does_not_know():
