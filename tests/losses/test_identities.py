@@ -10,9 +10,10 @@ import loss_reference as reference
 import pytest
 import torch
 
+from slime.backends.megatron_utils.losses.exact_stats import exact_stats
 from slime.backends.megatron_utils.losses.full import divergence_from_logits
 from slime.backends.megatron_utils.losses.registry import LOSS_TYPES, get_loss
-from slime.backends.megatron_utils.losses.topk import TAIL_FLOOR
+from slime.backends.megatron_utils.losses.topk import TAIL_FLOOR, teacher_at
 from slime.backends.megatron_utils.losses.types import Rows
 
 R, V = 9, 50
@@ -177,6 +178,30 @@ def test_unknown_teacher_entries_move_to_the_bucket_on_both_sides(logits):
     assert filled.stats["support_size"].tolist() == [6.0] * R, "the teacher's own list knows the missing entry"
 
 
+def test_the_teachers_list_is_searched_in_little_memory():
+    """Nothing of the size of rows x support x list: 0.5 GiB for 32k rows and 64 entries."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.largest = max(self.largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    ids = torch.stack([torch.randperm(60, generator=torch.Generator().manual_seed(i))[:20] for i in range(8)])
+    listed, logps = ids.flip(1)[:, :12].clone(), torch.arange(8 * 12).reshape(8, 12) * -0.25
+    ids[:, 3], listed[:, 5] = -1, -1
+    with Sizes() as sizes:
+        found = teacher_at(ids, listed, logps)
+    assert sizes.largest == ids.numel()
+    for row in range(8):
+        known = dict(zip(listed[row].tolist(), logps[row].tolist(), strict=True))
+        expected = [known.get(i, math.nan) if i >= 0 else math.nan for i in ids[row].tolist()]
+        torch.testing.assert_close(found[row], torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+
+
 def test_row_without_any_teacher_entry_teaches_nothing(logits):
     student, _ = logits
     rows = Rows(teacher_ids_RK=torch.full((R, 4), -1), teacher_logps_RK=torch.full((R, 4), -torch.inf))
@@ -217,6 +242,19 @@ def test_divergence_from_logits(logits, kind, overwrite):
     torch.testing.assert_close(leaf.grad[:, :V].double(), exact.grad, rtol=1e-5, atol=1e-6)
     assert leaf.grad[:, V:].abs().max() == 0
     assert torch.equal(own.detach(), student) != overwrite
+
+
+def test_a_target_outside_the_common_vocabulary_is_impossible(logits):
+    """Not a log-prob made of a logit of 0: a padding id that only the student has."""
+    student, teacher = logits
+    eye, common = torch.eye(V), V - 10
+    target = torch.tensor([0, 5, common - 1, common, V - 1, 1, 2, 3, 4])
+    found = exact_stats(student, eye, teacher, eye, k=3, vocab_size=V, teacher_vocab_size=common, target_R=target)
+    for logp, side in ((found.student_logp_R, student), (found.teacher_logp_R, teacher)):
+        assert (logp == -torch.inf).tolist() == [False, False, False, True, True, False, False, False, False]
+        expected = torch.log_softmax(side[:, :common].double(), 1).gather(1, target.clamp(max=common - 1)[:, None])[:, 0]
+        inside = target < common
+        torch.testing.assert_close(logp[inside].double(), expected[inside], rtol=1e-5, atol=1e-6)
 
 
 def test_factor_known_and_unknown_give_the_same_gradients_to_the_bit():
