@@ -93,6 +93,7 @@ vars_sizes() {
   var MICRO_BATCH_SIZE int:1 1 "samples a micro-batch where packing is off" --micro-batch-size
   var ROLLOUT_MAX_RESPONSE_LEN int:1 1024 "most tokens of a response" --rollout-max-response-len
   var ROLLOUT_MAX_PROMPT_LEN int:1? "" "longer prompts are refused; empty: no limit" --rollout-max-prompt-len
+  var SKIP_LONG_PROMPTS bool 0 "leave out training prompts that are too long instead of refusing the file" --skip-long-prompts
   var ROLLOUT_MAX_CONTEXT_LEN int:1? "" "prompt plus response at most; empty: the model's limit" --rollout-max-context-len
   var ROLLOUT_TEMPERATURE "float:(0,]" 1.0 "sampling temperature; 1.0 with a SGLang teacher" --rollout-temperature
   var SEED int:0 1234 "seed of the trainer" --seed

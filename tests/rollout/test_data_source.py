@@ -52,6 +52,30 @@ def test_bad_files(args, tokenizer, text, message):
         PromptDataSource(args, tokenizer)
 
 
+def test_long_prompts_are_left_out_where_that_is_asked_for(args, tokenizer):
+    long = [json.dumps({"prompt": "y" * n, "label": ""}) + "\n" for n in (60, 56, 57)]
+    write(args, GOOD + long[0] + GOOD + long[1] + long[2])
+    with pytest.raises(DataError, match="2 of 5 prompts are too long.*--skip-long-prompts"):
+        PromptDataSource(args, tokenizer)
+    args.skip_long_prompts = True
+    source = PromptDataSource(args, tokenizer)
+    assert (len(source), source.skipped) == (3, 2) and [len(i) for i in source.prompt_ids][2] == 56
+    assert [group[0].metadata["prompt_row"] for group in source.get_samples(4)] == [0, 1, 2, 0]
+    state = source.state_dict()
+    write(args, long[0] + long[2])
+    with pytest.raises(DataError, match="expected prompts of at most 56 tokens, got 2 longer ones"):
+        PromptDataSource(args, tokenizer)
+    write(args, GOOD + long[0] + GOOD + long[1] + long[2])
+    args.rollout_max_prompt_len = 40  # another limit: another set of prompts
+    source = PromptDataSource(args, tokenizer)
+    assert source.skipped == 3
+    with pytest.raises(DataError, match="had 3 prompts and 3 of them were used"):
+        source.load_state_dict(state | {"position": 3})
+    args.eval_input_key = args.eval_label_key = None
+    with pytest.raises(DataError, match="3 of 5 prompts are too long"):  # an evaluation never shrinks by itself
+        PromptDataSource(args, tokenizer, evaluation=True)
+
+
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", '{"prompt": "é", "label": "1"}'.encode("latin-1"), "save the file as UTF-8"),
     ("a.csv", b"prompt,label\nQ1?,1\n", "tables in CSV are not read: write them as parquet or JSONL"),

@@ -33,7 +33,7 @@ def servers(student: Path, teacher: Path, *, context: int, logs: Path) -> Iterat
     try:
         for server in started:
             server.start()
-        with tqdm(total=len(started), desc="servers", unit="server", dynamic_ncols=True) as bar:
+        with tqdm(total=len(started), desc="servers", unit="server", dynamic_ncols=True, disable=None) as bar:
             for server in started:
                 server.wait_ready(timeout=300, progress=lambda line: bar.refresh())
                 bar.update()

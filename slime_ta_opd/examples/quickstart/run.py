@@ -120,7 +120,7 @@ def score_all(runs: list[plan.Planned], models: tiny_models.TinyModels, task: di
     say(f"frozen contexts: {contexts} held-out prompts answered by the initial student, scored by both models")
     heldout.make_bank(bank, task["heldout"], models.student, contexts=contexts, max_response_tokens=MAX_RESPONSE)
     heldout.score(bank, models.student, models.teacher, before, topk=TOPK)
-    for r in tqdm(runs, desc="scoring after training", unit="run", dynamic_ncols=True):
+    for r in tqdm(runs, desc="scoring after training", unit="run", dynamic_ncols=True, disable=None):
         heldout.score_run(r.directory, bank, models.teacher, before, topk=TOPK)
 
 

@@ -44,6 +44,7 @@ class PromptDataSource:
             teachers=teachers,
         )
         self.prompt_ids = self._tokenize()
+        self.skipped = 0  # prompts left out by --skip-long-prompts
         self._check_lengths()
         self.n_samples = args.n_samples_per_eval_prompt if evaluation else args.n_samples_per_prompt
         self.shuffle = bool(getattr(args, "rollout_shuffle", False)) and not evaluation
@@ -98,12 +99,11 @@ class PromptDataSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken. Raises DataError when the prompt file has fewer prompts than were used."""
         if state["fingerprint"] != self.fingerprint:
-            if state["position"] > len(self.rows):
-                raise DataError(
-                    f"resume: {state['path']} had {state['num_prompts']} prompts and {state['position']} of them were used, "
-                    f"{self.path} has {len(self.rows)}; give the same file or start a new run"
-                )
+            self._check_place(state)
             logger.warning("resume: %s differs from the prompts of the checkpoint; the order of prompts changes", self.path)
+        elif state["num_prompts"] != len(self.rows):
+            logger.warning("resume: %s prompts were used, now %s fit; the order of prompts changes", state["num_prompts"], len(self.rows))
+            self._check_place(state)
         for key, now in (("seed", self.args.rollout_seed), ("shuffle", self.shuffle)):
             if state[key] != now:
                 logger.warning("resume: rollout %s was %s, is %s; the order of prompts changes", key, state[key], now)
@@ -111,6 +111,13 @@ class PromptDataSource:
         self.next_group, self.next_index = int(state["next_group"]), int(state["next_index"])
         self._order = self._permutation(self.epoch)
         self.buffer = deque([sample_from_state(s) for s in group] for group in state["buffer"])
+
+    def _check_place(self, state: dict[str, Any]) -> None:
+        if state["position"] > len(self.rows):
+            raise DataError(
+                f"resume: {state['path']} had {state['num_prompts']} prompts and {state['position']} of them were used, "
+                f"{self.path} has {len(self.rows)}; give the same file or start a new run"
+            )
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
@@ -164,10 +171,12 @@ class PromptDataSource:
         context = getattr(self.args, "rollout_max_context_len", None)
         limits = []
         if getattr(self.args, "rollout_max_prompt_len", None):
-            limits.append((self.args.rollout_max_prompt_len, "--rollout-max-prompt-len", "raise it or shorten the prompts"))
+            limits.append((self.args.rollout_max_prompt_len, "--rollout-max-prompt-len", "raise it, shorten the prompts, or leave those out with --skip-long-prompts"))
         if context:
             room = f"--rollout-max-context-len {context} minus a response of {self.max_response_len}"
-            limits.append((context - self.max_response_len, room, "lower the response length or shorten the prompts"))
+            limits.append((context - self.max_response_len, room, "lower the response length, shorten the prompts, or leave those out with --skip-long-prompts"))
+        if limits and getattr(self.args, "skip_long_prompts", False) and not self.evaluation:
+            self._skip_long(min(limits)[0])
         for row, ids in zip(self.rows, self.prompt_ids, strict=True):
             if len(ids) == 0:
                 raise DataError(f"{row.where}: the prompt has no tokens")
@@ -183,3 +192,12 @@ class PromptDataSource:
                         f"{row.where}: the prompt has {len(ids)} tokens, at most {limit} fit ({name}); {count} of "
                         f"{len(self.rows)} prompts are too long: {advice}"
                     )
+
+    def _skip_long(self, limit: int) -> None:
+        """Leaves out prompts of more than `limit` tokens. Raises DataError where none would be left."""
+        fits = [len(ids) <= limit for ids in self.prompt_ids]
+        if not any(fits):
+            raise DataError(f"prompt file {self.path}: expected prompts of at most {limit} tokens, got {len(fits)} longer ones; lower the response length")
+        self.skipped = len(fits) - sum(fits)
+        self.rows = [row for row, fit in zip(self.rows, fits, strict=True) if fit]
+        self.prompt_ids = [ids for ids, fit in zip(self.prompt_ids, fits, strict=True) if fit]

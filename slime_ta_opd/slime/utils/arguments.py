@@ -157,6 +157,7 @@ def _rollout(parser):
     g.add_argument("--rollout-batch-size", type=int, default=4, help="prompts a rollout")
     g.add_argument("--n-samples-per-prompt", type=int, default=1, help="responses a prompt")
     g.add_argument("--rollout-max-prompt-len", type=int, help="longer prompts are refused")
+    g.add_argument("--skip-long-prompts", action="store_true", help="leave out training prompts that are too long, and say how many, instead of refusing the file")
     g.add_argument("--rollout-max-response-len", type=int, default=1024, help="most tokens sampled")
     g.add_argument("--rollout-max-context-len", type=int, help="prompt plus response at most; default: the model's")
     g.add_argument("--rollout-temperature", type=float, default=1.0, help="1.0 with a SGLang teacher, which always scores at 1")

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import secrets
+import sys
 from pathlib import Path
 
 import torch
@@ -345,5 +346,7 @@ def _prompts(args):
     tokenizer = load_tokenizer(args.hf_checkpoint, args.trust_remote_code)
     source = PromptDataSource(args, tokenizer)  # reads and checks every prompt
     args.num_prompts = len(source)
+    if source.skipped:
+        print(f"note: {source.skipped} of {source.skipped + len(source)} prompts of {args.prompt_data} are too long and left out", file=sys.stderr)
     for name, file in args.eval_datasets.items():
         PromptDataSource(args_of(args, name), tokenizer, path=file, evaluation=True)
