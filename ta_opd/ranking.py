@@ -80,10 +80,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Order:
-    """A ranking: larger score first; ties: smaller position in the response, then the earlier row."""
+    """A ranking: larger score first; ties: smaller position in the response (larger with `late_first`), then the earlier row."""
 
     score: np.ndarray
     rows: Rows
+    late_first: bool = False
 
     def best(self, rows_C: np.ndarray, count: int) -> np.ndarray:
         """The `count` best of `rows_C` (ascending row numbers), in no particular order."""
@@ -98,7 +99,7 @@ class Order:
         missing = count - above_C.size
         if missing < tied_C.size:
             place_C = self.rows.tok_pos[tied_C]
-            tied_C = tied_C[np.argsort(place_C, kind="stable")[:missing]]
+            tied_C = tied_C[np.argsort(-place_C if self.late_first else place_C, kind="stable")[:missing]]
         return np.concatenate([above_C, tied_C])
 
     def best_of_each(self, free_T: np.ndarray) -> np.ndarray:
@@ -114,13 +115,13 @@ class Order:
         edge = np.flatnonzero(owner_C[1:] != owner_C[:-1])
         if hits_C.size == 0:
             return hits_C
-        return hits_C[np.insert(edge + 1, 0, 0)]
+        return hits_C[np.append(edge, hits_C.size - 1)] if self.late_first else hits_C[np.insert(edge + 1, 0, 0)]
 
     def best_per_response(self, rows_C: np.ndarray, counts_N: np.ndarray) -> np.ndarray:
         """The `counts_N[i]` best of `rows_C` in every response i."""
         place_C = self.rows.tok_pos[rows_C]
         sample_C = self.rows.sample[rows_C]
-        by = np.lexsort((place_C, -self.score[rows_C], sample_C))
+        by = np.lexsort((-place_C if self.late_first else place_C, -self.score[rows_C], sample_C))
         sorted_sample_C = sample_C[by]
         first_N = np.searchsorted(sorted_sample_C, np.arange(counts_N.size))
         rank_C = np.arange(by.size) - first_N[sorted_sample_C]
