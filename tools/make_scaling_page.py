@@ -52,7 +52,7 @@ PYTHONPATH=.:slime_ta_opd python tools/plan_run.py --student 1.7B --teacher 4B -
 PYTHONPATH=.:slime_ta_opd python tools/plan_run.py --student HF_DIR --teacher HF_DIR --gpu H100 --gpus 16 --json
 ```
 
-It prints the plan as flags of `train.py` and says of every rate whether it was **measured** (by a benchmark of that piece alone),
+It prints the plan as flags of `train.py`, and with `--sources` says of every rate whether it was **measured** (by a benchmark of that piece alone),
 **calibrated** (taken from the whole steps it is compared with) or **assumed** (a data sheet or a guess). The rates are in
 `benchmarks/results/rates.json`, made from the raw results by `benchmarks/fit_rates.py`. Everything here is for H200s in nodes of eight,
 K = 16, a budget of 10 % spread evenly over the responses, prompts of 256 tokens, and the token bank on.

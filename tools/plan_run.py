@@ -4,7 +4,7 @@
   plan_run.py --student 8B --teacher 235B-A22B --gpus 256 --response-len 16384 --response-mean 8000 --prompts 512 --samples 2
   plan_run.py --student HF_DIR --teacher HF_DIR/config.json --gpu H100 --gpus 8 --json
 
-Rates come from benchmarks/results/rates.json; the output says which are measured, calibrated or assumed. Needs no GPU.
+Rates come from benchmarks/results/rates.json; --sources says which are measured, calibrated or assumed. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--student-servers", metavar="COUNTxTP", default="1x1", help="with --layout")
     add("--teacher-servers", metavar="COUNTxTP", default="1x1", help="with --layout")
     add("--rates", type=Path, default=RATES, help="file of rates")
+    add("--sources", action="store_true", help="also print where every rate comes from")
     add("--compare", type=Path, metavar="RESULT", help="result.json of benchmarks/gpu/opd_step.py: its seconds beside the predicted ones")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         from rich.console import Console
 
-        show(task, prediction, Console(width=None if sys.stdout.isatty() else 140))
+        show(task, prediction, Console(width=None if sys.stdout.isatty() else 140), sources=args.sources)
     return 0 if prediction.fits else 1
 
 

@@ -422,3 +422,15 @@ def test_the_flags_of_a_plan_are_flags_of_the_trainer(tool, capsys):
     plan = run_json(tool, capsys, ["--student", "4B", "--teacher", "14B", "--gpus", "8"])["plan"]
     args = build_parser().parse_args(plan["flags"])
     assert args.actor_num_nodes * args.actor_num_gpus_per_node == plan["trainer"]["dp"] * plan["trainer"]["tp"] * plan["trainer"]["pp"] * plan["trainer"]["cp"]
+
+
+def test_the_terminal_ends_with_the_flags_and_the_sources_of_rates_are_asked_for(tool, capsys, monkeypatch):
+    words = ["--student", "1.7B", "--teacher", "4B", "--gpus", "8"]
+    assert tool.main(words) == 0
+    plain = capsys.readouterr().out
+    assert plain.splitlines()[-1].startswith("train.py --actor-num-nodes 1") and "assumed; --sources lists them" in plain and "bank_us" not in plain
+    assert tool.main([*words, "--sources"]) == 0
+    assert "bank_us" in capsys.readouterr().out
+    monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)  # an environment for analysing has no rich
+    assert tool.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("--actor-num-nodes 1")

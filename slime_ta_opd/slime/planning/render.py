@@ -64,8 +64,8 @@ def flags(task: Task, prediction: Prediction) -> list[str]:
     return words
 
 
-def show(task: Task, prediction: Prediction, console) -> None:
-    """Tables on a rich console."""
+def show(task: Task, prediction: Prediction, console, *, sources: bool = False) -> None:
+    """Tables on a rich console, the flags last. sources: also where every rate comes from; else how many of them were measured."""
     from rich.table import Table
 
     p, m = prediction, task.machine
@@ -103,13 +103,18 @@ def show(task: Task, prediction: Prediction, console) -> None:
     for x in limits(task, p):
         crowd.add_row(x.name, f"{x.seconds:.2f}", f"{x.share:.1%}{' (hidden)' if x.hidden else ''}", x.load, style="red" if x.crowded else "")
     console.print(crowd)
+    notes, styles = task.rates.footnotes(), {"measured": "", "calibrated": "yellow", "assumed": "red"}
+    if sources:
+        table = Table(title="rates this rests on")
+        for name in ("rate", "value", "status", "source"):
+            table.add_column(name)
+        for r in notes:
+            table.add_row(r.name, f"{r.value:.4g} {r.unit}", r.status, r.source, style=styles[r.status])
+        console.print(table)
+    else:
+        counts = ", ".join(f"{sum(r.status == status for r in notes)} {status}" for status in styles)
+        console.print(f"rests on {len(notes)} rates: {counts}; --sources lists them")
     console.print(("train_async.py " if p.asynchronous else "train.py ") + " ".join(flags(task, p)), soft_wrap=True, highlight=False)
-    sources = Table(title="rates this rests on")
-    for name in ("rate", "value", "status", "source"):
-        sources.add_column(name)
-    for r in task.rates.footnotes():
-        sources.add_row(r.name, f"{r.value:.4g} {r.unit}", r.status, r.source, style={"measured": "", "calibrated": "yellow", "assumed": "red"}[r.status])
-    console.print(sources)
 
 
 ROW_HEAD = ("| GPUs | mode | trainer | student | teacher | generate | score | select | split | train | sync | step s | tokens/s | busy | GiB a GPU |\n"
