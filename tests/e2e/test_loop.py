@@ -70,6 +70,7 @@ def test_metrics_evaluation_dumps_and_markers_are_written(whole, task):
     assert done["num_rollout"] == 4
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
     dump = pq.read_table(task.root / "whole_dumps" / "rollout_000000.parquet").to_pandas()
+    assert sum(sum(w > 0 for w in weights) for weights in dump["opd_weights"]) == result.rows[0]["rollout/kept_tokens"]
     assert len(dump) == 16 and all(len(t) == p + n for t, p, n in zip(dump["tokens"], dump["prompt_length"], dump["response_length"], strict=True))
 
 

@@ -28,6 +28,7 @@ from ta_opd.errors import ServiceError
 from ta_opd.topk import TopK
 
 RESTARTS = 3  # times that one rollout may lose its engines
+STOP_SECONDS, BUSY_STOP_SECONDS = 30.0, 3.0
 HEAL_PATIENCE = 10.0  # seconds in which an engine that failed a request is found dead
 
 
@@ -55,11 +56,14 @@ class RolloutGroup:
         self.actor = RolloutManager.options(**placement.options(0, env=memory.one_arena(), gpus=[])).remote(args, placement)
         # beside the trainer's start, but not on its GPUs: there it has to take its memory first
         self._ready = None if args.colocate and args.device == "cuda" else self.actor.start.remote()
+        self._long = self._ready  # the last call that may take long; the manager does one thing after another
         self.resync: Callable[[], None] = lambda: None  # sends the current weights; set by the run once there is a trainer
 
     def wait_ready(self) -> None:
-        for line in get([self._ready or self.actor.start.remote()])[0]:
+        self._long = self._ready or self.actor.start.remote()
+        for line in get([self._long])[0]:
             print(line)
+        self._long = None
 
     def engines(self) -> dict:
         return get([self.actor.engines.remote()])[0]
@@ -72,7 +76,7 @@ class RolloutGroup:
 
     def begin(self, rollout_id: int) -> Callable[[], Batch]:
         """Starts a rollout; the returned function waits for it. Other calls to the manager wait until it is done."""
-        started = self.actor.generate.remote(rollout_id)
+        started = self._long = self.actor.generate.remote(rollout_id)
         return lambda: self._with_engines("generate", rollout_id, started)
 
     def select(self, batch: Batch, exact: list[list[ray.ObjectRef]]) -> Batch:
@@ -92,7 +96,9 @@ class RolloutGroup:
         """
         for _ in range(1 + RESTARTS):
             try:
-                return get([started or getattr(self.actor, method).remote(rollout_id)])[0]
+                self._long = started or getattr(self.actor, method).remote(rollout_id)
+                found, self._long = get([self._long])[0], None
+                return found
             except StaleWeights as problem:
                 last, started = problem, None
                 print(f"rollout {rollout_id}: {problem}; sending the weights and starting over")
@@ -111,10 +117,12 @@ class RolloutGroup:
         return get([self.actor.heal.remote()])[0]
 
     def stop(self) -> None:
+        """Ends the servers in order; at once where the manager is in the middle of something, since they end with it, too."""
+        busy = self._long is not None and not ray.wait([self._long], timeout=0, fetch_local=False)[0]
         try:
-            ray.get(self.actor.stop.remote(), timeout=30)
-        except ray.exceptions.RayActorError:
-            pass  # it died: its servers have ended with it
+            ray.get(self.actor.stop.remote(), timeout=BUSY_STOP_SECONDS if busy else STOP_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            pass  # it died, or is about to: its servers end with it
         finally:
             ray.kill(self.actor)
 
@@ -158,11 +166,10 @@ class RolloutManager:
             groups = generate_rollout(self.args, rollout_id, self.source, self.servers.clients)
         self.samples = [s for group in groups for s in group]
         self.states.append((rollout_id, self.source.state_dict()))
-        if self.args.save_debug_rollout_data:
-            from slime.rollout.dump import dump_rollout
-
-            dump_rollout(self.args.save_debug_rollout_data, rollout_id, self.samples)
-        selection = None if self.args.exact_selection else self._select(rollout_id)
+        try:
+            selection = None if self.args.exact_selection else self._select(rollout_id)
+        finally:
+            self._dump(rollout_id)
         return self._batch(rollout_id, selection, begin)
 
     def select_exact(self, rollout_id: int, exact: list[list[ray.ObjectRef]]) -> Batch:
@@ -180,7 +187,16 @@ class RolloutManager:
             sample.teacher_topk = TopK(row["teacher_topk_ids"], row["teacher_topk_logprobs"])
             sample.teacher_at_student_ids = row["teacher_at_student_ids"]
         values = {name: [row[name] for row in rows] for name in ("H", "KLf", "KLr", "C")}
-        return self._batch(rollout_id, self._select(rollout_id, values), begin)
+        selection = self._select(rollout_id, values)
+        self._dump(rollout_id)
+        return self._batch(rollout_id, selection, begin)
+
+    def _dump(self, rollout_id: int) -> None:
+        """--save-debug-rollout-data, with the weights that the selection gave (again, where the trainer's teacher came first)."""
+        if self.args.save_debug_rollout_data:
+            from slime.rollout.dump import dump_rollout
+
+            dump_rollout(self.args.save_debug_rollout_data, rollout_id, self.samples)
 
     def _batch(self, rollout_id: int, selection: dict[str, Any] | None, begin: float) -> Batch:
         """The manager's samples as train data, one shard a data-parallel rank."""
