@@ -17,10 +17,7 @@ from ta_opd.token_bank import jsonio
 META_KEY = b"ta_opd"
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 # Columns that are text whatever is in them: a label 007 is no 7, a prompt NA is not missing. Formats without types need to be told.
-TEXT = (
-    "source_file", "status", "prompt", "response", "label", "tokens", "response_token_ids", "loss_mask", "rollout_log_probs",
-    "teacher_log_probs", "prompt_id", "student_top_ids", "student_top_logps", "teacher_top_ids", "teacher_top_logps", "quadrant",
-)  # fmt: skip
+TEXT = ("source_file", "status", "prompt", "response", "label", "prompt_id")
 _MISSING = ("", "nan", "NaN", "-nan", "NA", "N/A", "<NA>", "null", "NULL", "None")
 
 

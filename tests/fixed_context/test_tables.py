@@ -58,3 +58,12 @@ def test_every_format_keeps_text_as_text_and_all_digits(tmp_path, suffix):
 
 def test_markdown_stays_on_its_line():
     assert to_markdown(pd.DataFrame({"prompt": ["a\nb\r\nc"]})).splitlines()[2] == "| a b c |"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_numbers_stay_numbers_where_banks_have_text_of_that_name(tmp_path, suffix):
+    """loss_mask is a list in a context bank and a number in scores; quadrants come as names or as codes."""
+    scores = read_table(write_table(tmp_path / f"s{suffix}", pd.DataFrame({"loss_mask": [1, 0], "quadrant": [3, 1], "reach": [True, False]})))
+    assert scores["loss_mask"].tolist() == [1, 0] and (scores["quadrant"] == 3).tolist() == [True, False] and scores["reach"].dtype == bool
+    bank = read_table(write_table(tmp_path / f"b{suffix}", pd.DataFrame({"loss_mask": ["[1]", "[1, 0]"], "quadrant": ["Q3_lowH_highD", "Q1_highH_highD"]})))
+    assert bank["loss_mask"].tolist() == ["[1]", "[1, 0]"] and bank["quadrant"].iloc[0] == "Q3_lowH_highD"
