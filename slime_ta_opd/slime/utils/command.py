@@ -10,6 +10,7 @@ from slime.ray import cluster
 from slime.ray.calls import DISK_FULL
 from slime.utils.arguments import parse_args
 from slime.utils.plan import print_plan
+from slime.utils.reachable import silent
 from slime.utils.restart import with_restarts
 from slime.utils.stop import Terminated
 from slime.utils.validation import validate
@@ -30,6 +31,8 @@ def main(train: Callable, argv: Sequence[str] | None = None, *, asynchronous: bo
         if args.dry_run:
             print_plan(args)
         else:
+            for line in silent(args):
+                print(line, file=sys.stderr)
             with_restarts(train, args)
     except TaOpdError as error:
         print(f"error: {error}", file=sys.stderr)
