@@ -177,6 +177,21 @@ def load_then_step(rank, ranks, port, model, data, **changes) -> dict:
     return {**out, "next": trainer.train(start, own), "after": export(trainer)}
 
 
+def gathered_to_save(rank, ranks, port, model, **changes) -> tuple[int, int]:
+    """(bytes of the optimizer's state that this rank hands to a save, its parameters)."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    from slime.backends.megatron_utils import checkpoint, cpu_runtime
+
+    trainer, _ = make_trainer(rank, ranks, port, model, **changes)
+    with cpu_runtime.cpu_runtime():
+        tensors = checkpoint._model_state(trainer.model, False)["model"]
+        state = trainer.optimizer.sharded_state_dict(tensors, checkpoint._metadata(False), is_loading=False)
+    held = [v.data for v in nested_values(state) if isinstance(v, (ShardedTensor, ShardedTensorFactory))]
+    return sum(t.nbytes for t in held), sum(p.numel() for p in trainer.model.parameters())
+
+
 def crash_in_second_save(rank, ranks, port, model, data, **changes) -> str:
     """The process dies (here: an exception) between writing the files and putting them in place."""
     from slime.backends.megatron_utils import checkpoint
@@ -309,10 +324,20 @@ def learning_rates(rank, ranks, port, model, data, steps, **changes) -> list[flo
     return [trainer.train(i, data)["lr"] for i in range(steps)]
 
 
-def exact(rank, ranks, port, model, data, **changes) -> dict:
+def exact(rank, ranks, port, model, data, held_bytes: int | None = None, **changes) -> dict:
+    """Exact statistics by sample; held_bytes: of the teacher's hidden states that may wait for the student."""
+    from slime.backends.megatron_utils import exact as module
+
     trainer, _ = make_trainer(rank, ranks, port, model, **changes)
     own = mt_tiny.shard(data, trainer.dp_rank, trainer.dp_size)
-    found = trainer.exact_metrics(own)
+    teacher, turns = trainer.stepper.teacher, []
+    trainer.stepper.teacher = lambda batches: turns.append(len(batches)) or teacher(batches)
+    whole, module.HELD_BYTES = module.HELD_BYTES, held_bytes or module.HELD_BYTES
+    try:
+        found = trainer.exact_metrics(own)
+    finally:
+        module.HELD_BYTES = whole
+    assert (len(turns) > 1) == (held_bytes is not None), f"the teacher's turns: {turns}"
     return {i: {name: values[n] for name, values in found.items()} for n, i in enumerate(own["sample_indices"])}
 
 

@@ -5,12 +5,14 @@ Shape letters: R rows, L response length, K top-k, H hidden size, V vocabulary r
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from slime.backends.megatron_utils import forward, packing
+from slime.backends.megatron_utils import distributed, forward, packing
 from slime.backends.megatron_utils.losses.exact_stats import exact_stats
 from slime.backends.megatron_utils.packing import MicroBatch
 from slime.backends.megatron_utils.step import Stepper, share_rows
@@ -32,20 +34,19 @@ PER_CANDIDATE = {
     "teacher_at_student_ids": "teacher_at_student_RK",
 }
 FIELDS = ("teacher_log_probs", *PER_CANDIDATE)  # those that are train data too
+HELD_BYTES = 4 * 2**30
 
 
-def exact_metrics(stepper: Stepper, data: dict, k: int, teacher_vocab_size: int) -> dict[str, list[np.ndarray]]:
+def exact_metrics(stepper: Stepper, data: dict, k: int, teacher_vocab_size: int, teacher_row_bytes: int) -> dict[str, list[np.ndarray]]:
     """Statistics of every response token of this rank's samples (collective), the same on all ranks of a replica.
 
+    teacher_row_bytes: of one of the teacher's hidden states; at most HELD_BYTES of them wait for the student at a time.
     Returns one array a sample under each name: H (entropy of the student, nats), KLf = KL(teacher || student), KLr, C
     (teacher's mass on the student's top-K), student_log_probs, teacher_log_probs: float32 [L]; *_topk_ids int32 [L, K]
     (-1 beyond the vocabulary), *_topk_logprobs and teacher_at_student_ids float32 [L, K].
     """
     lengths = data["response_lengths"]
     batches = stepper.pack(data, list(range(len(lengths))), packing.every_row)
-    teacher_fields = stepper.teacher(batches)
-    for batch, fields in zip(batches, teacher_fields, strict=True):
-        batch.fields.update(fields)
 
     def head(batch: MicroBatch, hidden_RH: Tensor, weight_VH: Tensor) -> tuple[Tensor, dict]:
         stats = exact_stats(
@@ -62,8 +63,14 @@ def exact_metrics(stepper: Stepper, data: dict, k: int, teacher_vocab_size: int)
         )
         return torch.zeros((), device=hidden_RH.device), {"batch": batch, "stats": stats}
 
-    with forward.evaluating(stepper.model):
-        kept = forward.run(stepper.model, batches, head, forward_only=True)
+    kept = []
+    for group in _groups(batches, teacher_row_bytes):
+        for batch, fields in zip(group, stepper.teacher(group), strict=True):
+            batch.fields.update(fields)
+        with forward.evaluating(stepper.model):
+            kept += forward.run(stepper.model, group, head, forward_only=True)
+        for batch in group:
+            batch.fields.clear()
     out: dict[str, list[np.ndarray]] = {}
     for name, attribute in {**PER_TOKEN, **PER_CANDIDATE}.items():
         width = k if name in PER_CANDIDATE else 0
@@ -71,3 +78,11 @@ def exact_metrics(stepper: Stepper, data: dict, k: int, teacher_vocab_size: int)
         values = share_rows(forward.scatter_rows(triples, lengths, stepper.device, width), lengths, stepper.device, width)
         out[name] = [v.astype(np.int32) if name.endswith("_ids") and name != "teacher_at_student_ids" else v for v in values]
     return out
+
+
+def _groups(batches: list[MicroBatch], row_bytes: int) -> list[list[MicroBatch]]:
+    """Runs of micro-batches whose rows take about HELD_BYTES, as many on every rank (collective)."""
+    wanted = -(-sum(batch.num_rows for batch in batches) * row_bytes // HELD_BYTES)
+    number = min(max(distributed.max_over_ranks(wanted), 1), len(batches))
+    bounds = [len(batches) * i // number for i in range(number + 1)]
+    return [batches[a:b] for a, b in itertools.pairwise(bounds)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,7 +53,6 @@ class Teacher:
     def __init__(self, shape: hf_config.ModelShape, settings: Settings, student: PackedGPTModel, device: torch.device):
         self.shape = shape
         self.device = device
-        self.offload = settings.opd_teacher_offload and device.type == "cuda"
         own = dataclasses.replace(settings, recompute_granularity=None, recompute_method=None, recompute_num_layers=None)
         model = build_model(shape, own, device)
         _load(model, settings)
@@ -62,8 +61,9 @@ class Teacher:
         self.model = Float16Module(model.config, model) if model.config.bf16 else model
         self._inner = model
         self.head = self._align_head(student) if mpu.is_pipeline_last_stage() else None
-        if self.offload:
-            self._move(torch.device("cpu"))
+        self._host = self._in_host_memory() if settings.opd_teacher_offload else []  # on a CPU the copies are the weights
+        for param, kept in self._host:
+            param.data = kept
 
     def _align_head(self, student: PackedGPTModel) -> Tensor:
         """This rank's rows of the teacher's vocabulary matrix, for the ids of the student's shard, [V, H]."""
@@ -87,22 +87,20 @@ class Teacher:
         return [{**fields, "teacher_weight_VH": self.head} for fields in kept]
 
     @contextmanager
-    def _weights_here(self) -> Iterator[None]:
-        self._move(self.device)
+    def _on_device(self) -> Iterator[None]:
+        """Block with the weights on the device, where they are kept in host memory otherwise."""
+        for param, kept in self._host:
+            param.data = kept.to(self.device)
         try:
             yield
-        finally:
-            self._move(torch.device("cpu"))
+        finally:  # the copies in host memory are what they were: nothing has to go back
+            for param, kept in self._host:
+                param.data = kept
 
-    def _on_device(self):
-        return self._weights_here() if self.offload else nullcontext()
-
-    def _move(self, device: torch.device) -> None:
-        """Moves all parameters but the head, which losses read after the forward pass."""
-        kept = None if self.head is None else self.head.data_ptr()
-        for param in self._inner.parameters():
-            if param.data_ptr() != kept:
-                param.data = param.data.to(device, non_blocking=device.type == "cuda")
+    def _in_host_memory(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        """Every parameter with its copy in host memory, but the head's, which losses read after the forward pass."""
+        head = None if self.head is None else self.head.data_ptr()
+        return [(p, p.data.cpu()) for p in self._inner.parameters() if p.data_ptr() != head]
 
 
 def _load(model: PackedGPTModel, settings: Settings) -> None:

@@ -219,7 +219,8 @@ class MegatronTrainer:
 
     def _exact(self, data: dict) -> dict[str, list[np.ndarray]]:
         k = min(self.settings.opd_topk_metrics_k or DEFAULT_TOP_K, self.shape.vocab_size)
-        return exact.exact_metrics(self.stepper, data, k, self.teacher_shape.vocab_size)
+        row_bytes = self.teacher_shape.hidden_size * self.settings.dtype.itemsize
+        return exact.exact_metrics(self.stepper, data, k, self.teacher_shape.vocab_size, row_bytes)
 
     def _with_advantages(self, data: dict) -> dict:
         """Adds base advantages for the sampled loss where any task reward is not zero, and missing old log-probs."""
