@@ -13,6 +13,7 @@ import numpy as np
 from slime.utils.types import Sample
 from ta_opd.topk import TopK
 
+_PLAIN = {int, float, str, bool, type(None)}  # of lists as long as a response
 _MARKS = {"__array__", "__topk__", "__status__", "__bytes__", "__dict__"}
 
 
@@ -29,7 +30,7 @@ def _pack(value: Any) -> Any:
         items = {str(k): _pack(v) for k, v in value.items()}
         return {"__dict__": items} if _MARKS & items.keys() else items
     if isinstance(value, (list, tuple)):
-        return [_pack(v) for v in value]
+        return list(value) if _PLAIN.issuperset(map(type, value)) else [_pack(v) for v in value]
     if isinstance(value, np.generic):
         return _pack(value.item())
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
@@ -48,7 +49,7 @@ def _unpack(value: Any) -> Any:
             return bytes.fromhex(value["__bytes__"])
         return {k: _unpack(v) for k, v in value.get("__dict__", value).items()}
     if isinstance(value, list):
-        return [_unpack(v) for v in value]
+        return list(value) if _PLAIN.issuperset(map(type, value)) else [_unpack(v) for v in value]
     return value
 
 
