@@ -6,7 +6,7 @@ data_run() { # data_run KIND "$@"; DATA_FILE is the default name of the output
   shift
   group "Prompt file"
   var PY str? "" "Python to use; empty: .venv of this project, else python3"
-  var SOURCE list? "" "files or directories (parquet, jsonl); empty: download from the Hugging Face hub where the data set is there"
+  var SOURCE list? "" "files or directories (parquet, jsonl), space separated; empty: download from the Hugging Face hub where the data set is there"
   var DATA_DIR out "\$TA_OPD_ROOT/outputs/data" "directory of the output"
   var OUTPUT str "\$DATA_DIR/$DATA_FILE" "training prompts, .jsonl or .parquet"
   if [[ $kind == chat ]]; then
@@ -24,7 +24,7 @@ data_run() { # data_run KIND "$@"; DATA_FILE is the default name of the output
   local -a command=("$PY" "$TA_OPD_ROOT/tools/make_prompts.py" --kind "$kind" --output "$OUTPUT" --heldout "$HELDOUT"
     --heldout-seed "$HELDOUT_SEED") files
   if [[ -n $SOURCE ]]; then
-    read -ra files <<<"$SOURCE"
+    if [[ -e $SOURCE ]]; then files=("$SOURCE"); else read -ra files <<<"$SOURCE"; fi # one path may hold blanks
     command+=(--source "${files[@]}")
   fi
   if [[ $kind == chat ]]; then command+=(--prompt-key "$PROMPT_KEY" --label-key "$LABEL_KEY"); fi

@@ -290,7 +290,9 @@ checkpoint_flags() {
 
 optional_flags() {
   local item
-  for item in $TEACHERS; do FLAGS+=(--teacher "$item"); done
+  local -a named
+  read -ra named <<<"$TEACHERS" # unlike $TEACHERS alone, this takes ? and * in an address as they are
+  for item in "${named[@]}"; do FLAGS+=(--teacher "$item"); done
   if [[ $SAVE_DEBUG_ROLLOUT_DATA == 1 ]]; then
     FLAGS+=(--save-debug-rollout-data "$SAVE_DIR/debug_rollout/{rollout_id}.parquet")
   fi

@@ -288,3 +288,17 @@ def test_evaluation_takes_the_names_of_training_and_no_negative_limit(launch, pl
     for limit, fine in (("-1", False), ("x", False), ("1.5", False), ("200", True), ("0.1", True)):
         done = launch("scripts/eval/run_downstream_gsm8k_full.sh", DRY_RUN="1", LIMIT=limit, **models)
         assert done.code == (0 if fine else 2) and (fine or f"error: LIMIT={limit}: expected a number of questions" in done.err)
+
+
+def test_a_source_with_blanks_and_an_address_with_a_question_mark(launch, pair_variables, place, tmp_path):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "a.jsonl").write_text('{"prompt": "q"}\n')
+    done = launch("scripts/data/make_chat_prompts.sh", DRY_RUN="1", check=True, SOURCE=str(tmp_path / "my data"))
+    words = shlex.split(done.out)
+    assert words[words.index("--source") + 1] == str(tmp_path / "my data")
+    variables = pair_variables("4b_to_1p7b") | {"TEACHER_MODEL": "", "TEACHERS": "t=http://h:1/generate?x"}
+    (tmp_path / "t=http:/h:1").mkdir(parents=True)
+    (tmp_path / "t=http:/h:1/generate1x").touch()
+    done = subprocess.run(["bash", "-c", f"cd {shlex.quote(str(tmp_path))} && exec bash {ROOT / RUN}"], capture_output=True, text=True,
+                          env={"PATH": os.environ["PATH"], "OUTPUT_ROOT": str(tmp_path / "out"), "DRY_RUN": "1", **variables})  # fmt: skip
+    assert "--teacher t=http://h:1/generate\\?x" in done.stdout, done.stderr
