@@ -30,6 +30,15 @@ if [[ ! $TIME_LIMIT =~ ^([0-9]+-)?[0-9]{1,3}(:[0-5][0-9]){1,2}$ ]]; then bad TIM
 if [[ $JOB_KIND == kuberay && ! $JOB_NAME =~ ^[a-z]([a-z0-9-]{0,45}[a-z0-9])?$ ]]; then
   bad JOB_NAME "at most 47 lower-case letters, digits and dashes, as Kubernetes wants it"
 fi
+for name in PARTITION ACCOUNT; do
+  if [[ ${!name} =~ [[:space:]] ]]; then bad "$name" "a name without blanks"; fi
+done
+if [[ $JOB_KIND == kuberay ]]; then
+  if [[ ! $NAMESPACE =~ ^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$ ]]; then bad NAMESPACE "at most 63 lower-case letters, digits and dashes"; fi
+  for name in PROJECT_DIR SHARED_MOUNT; do
+    if [[ ${!name} != /* ]]; then bad "$name" "an absolute path in the container"; fi
+  done
+fi
 stop_on_errors
 job_python=${PY-} # of the job; this host's choice stays here
 PY=""

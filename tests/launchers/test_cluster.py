@@ -172,6 +172,8 @@ def test_a_file_that_cannot_be_written_is_said(launch):
     [
         ("TIME_LIMIT", "tomorrow", "hours:minutes:seconds"), ("MEMORY_PER_NODE", "lots", "a size such as 512G"),
         ("LAUNCHER", "scripts/none.sh", "a script of this project"), ("JOB_NAME", "TA_OPD", "lower-case letters"), ("NUM_NODES", "0", "an integer >= 1"),
+        ("NAMESPACE", "My Space", "lower-case letters"), ("SHARED_MOUNT", "data", "an absolute path"), ("PROJECT_DIR", "./x", "an absolute path"),
+        ("PARTITION", "gpu --exclusive", "a name without blanks"), ("ACCOUNT", "a b", "a name without blanks"),
     ],
 )  # fmt: skip
 def test_wrong_values(name, value, expected, launch):
