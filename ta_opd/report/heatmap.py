@@ -109,7 +109,7 @@ def rollout_block(run: Run, pieces: Pieces, notes: list[str], max_bytes: int | N
     tokens = None if max_bytes is None else max(1, max_bytes // TOKEN_BYTES // ROLLOUTS)
     sample = sample_bank(run, max_rollouts=ROLLOUTS, max_rows=10**9, notes=notes, columns=(*BANK_COLUMNS, *TOPK_COLUMNS),
                          pick=lambda part: _draw(part, tokens))  # fmt: skip
-    if sample is None:
+    if sample is None or sample.table.empty:  # a bank of others may lack the columns that tell responses apart
         return None
     table = sample.table
     prompts = _dump_prompts(run, sample.rollouts)

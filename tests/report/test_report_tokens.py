@@ -210,3 +210,10 @@ def test_tokens_that_look_like_mathematics_are_drawn_as_they_are(suite_dir):
     formulas = Vocabulary(("$$", "$\\frac$", "$x_$", "\\") * 10, frozenset())
     drawn = figures_tokens.response_strip(samples, arm_styles(list(suite.arms)), formulas)
     assert drawn.png[:4] == b"\x89PNG"
+
+
+def test_a_bank_that_does_not_tell_responses_apart_has_no_block(suite_dir, tmp_path):
+    run = loading.load(suite_dir).runs[1]
+    run.bank_dir = tmp_path
+    pd.DataFrame({"rollout_id": [0, 0], "tok_pos": [0, 1], "token_id": [2, 3]}).to_parquet(tmp_path / "rollout_000000.parquet")
+    assert heatmap.rollout_block(run, heatmap.Pieces(None), []) is None
