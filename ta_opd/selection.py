@@ -268,7 +268,7 @@ class _Picked:
 
 
 def _pick(batch: Batch, rows: Rows, selector: Selector, config: SelectionConfig, warnings: list[str]) -> _Picked:
-    """Run the selector, then the budget and min-keep."""
+    """Run the selector, then the budget and min-keep. Forced tokens are those that are kept for min-keep alone."""
     T = batch.valid.size
     answer = selector.function(batch)
     answer = answer if isinstance(answer, Scored) else Scored(np.asarray(answer))
@@ -286,28 +286,27 @@ def _pick(batch: Batch, rows: Rows, selector: Selector, config: SelectionConfig,
     fallback = order if config.min_keep_score == "own" else Order(batch["ca_softor_score"], rows)
     room, spans = _room(batch.valid, rows, config)
     total = int(np.sum(room))
-    keep_T, forced = np.zeros(T, bool), 0
-    if config.min_keep_rule == "inside" and config.min_keep > 0:
-        preferred_T = candidates_T if fallback is order else voiced_T
-        keep_T = reserve(fallback, preferred_T, voiced_T, config.min_keep, room)
-    reserved_T = keep_T.copy()
-    if selector.name == "split_budget_ca":
-        for span, budget in zip(spans, np.atleast_1d(room).tolist(), strict=True):
-            _split(batch, rows, config, span, int(budget), keep_T)
-    else:
+
+    def by_score(reserved_T: np.ndarray) -> np.ndarray:
+        """[T] mask of what is reserved and the best of the rest, up to the budget."""
+        keep_T = reserved_T.copy()
         free_C = np.flatnonzero(candidates_T & ~keep_T)
-        if config.scope == "batch":
+        if selector.name == "split_budget_ca":
+            for span, budget in zip(spans, np.atleast_1d(room).tolist(), strict=True):
+                _split(batch, rows, config, span, int(budget), keep_T)
+        elif config.scope == "batch":
             keep_T[order.best(free_C, total - int(keep_T.sum()))] = True
         else:
             keep_T[order.best_per_response(free_C, room - rows.count(keep_T))] = True
-    if config.min_keep_rule == "on_top" and config.min_keep > 0:
-        added_T = top_up(fallback, keep_T, voiced_T, config.min_keep)
-        keep_T = keep_T | added_T
-        forced = int(added_T.sum())
-    elif reserved_T.any():
-        ranked_T = keep_T & ~reserved_T
-        worst = order.score[ranked_T].min() if ranked_T.any() else np.inf
-        forced = int((reserved_T & (~candidates_T | (order.score < worst))).sum())
+        return keep_T
+
+    keep_T = unforced_T = by_score(np.zeros(T, bool))
+    if config.min_keep > 0 and config.min_keep_rule == "inside":
+        preferred_T = candidates_T if fallback is order else voiced_T
+        keep_T = by_score(reserve(fallback, preferred_T, voiced_T, config.min_keep, room))
+    elif config.min_keep > 0:
+        keep_T = unforced_T | top_up(fallback, unforced_T, voiced_T, config.min_keep)
+    forced = int((keep_T & ~unforced_T).sum())
     kept = int(keep_T.sum())
     if kept < total and answer.candidates is None:
         warnings.append(f"only {kept} of a budget of {total} tokens are candidates of {selector.name!r}")

@@ -148,6 +148,18 @@ def test_min_keep_gives_every_response_a_voice_even_outside_q3():
         assert (selection.keep.sum() <= selection.budget) == (rule == "inside")
 
 
+def test_forced_tokens_are_those_that_their_score_would_not_have_kept():
+    rng = np.random.default_rng(5)
+    lengths = [8] * 10
+    metrics = {name: rng.random(80) for name in plain(1)}
+    metrics["Hs_topk_norm"][:40] += 1  # the first five responses are surer of a place
+    for min_keep in (0, 1, 2):
+        config = SelectionConfig(mask="entropy", ratio=0.25, min_keep=min_keep, normalization="batch_minmax")
+        selection = select_tokens(metrics, np.ones(80), lengths, config)
+        best = set(np.argsort(-selection.columns["H_norm"])[:20].tolist())
+        assert selection.summary["forced_tokens"] == len(kept(selection) - best) == 5 * min_keep
+
+
 def test_q3_reports_that_it_cannot_fill_its_budget():
     selection = select_tokens(plain(40), np.ones(40), [40], SelectionConfig(mask="q3", ratio=0.9))
     assert selection.keep.sum() < selection.budget and "candidates of 'q3'" in selection.summary["warnings"][0]
@@ -158,6 +170,11 @@ def test_degenerate_entropy_is_reported():
     metrics["Hs_topk_norm"][:30] = 0
     summary = select_tokens(metrics, np.ones(40), [40], SelectionConfig(mask="q3", ratio=0.2)).summary
     assert any("lowest H_norm" in warning for warning in summary["warnings"]) and summary["q3_tokens"] > 0
+    valid = np.arange(40) >= 30
+    for population, warned in (("valid", False), ("all", True)):
+        config = SelectionConfig(mask="q3", ratio=0.2, population=population)
+        warnings = select_tokens(metrics, valid, [40], config).summary["warnings"]
+        assert any("lowest H_norm" in warning for warning in warnings) == warned
 
 
 def test_split_budget():
