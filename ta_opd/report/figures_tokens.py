@@ -108,7 +108,7 @@ def _plane_panel(ax, table: pd.DataFrame, title: str, all_valid: pd.DataFrame | 
 
 def positions(samples: Samples, styles: Styles) -> Picture | None:
     """Share of valid tokens kept, by relative position in the response."""
-    selecting = {k: s for k, s in samples.items() if k.mask != "full"}
+    selecting = {k: s for k, s in samples.items() if k.mask != "full" and s.table["pos_norm"].notna().any()}
     if not selecting:
         return None
     edges = np.linspace(0, 1, POSITION_BINS + 1)
@@ -116,8 +116,9 @@ def positions(samples: Samples, styles: Styles) -> Picture | None:
         figure, ax = plt.subplots(figsize=(10.6, 3.5))
         for key, sample in selecting.items():
             table = sample.table
-            valid, kept = valid_rows(table), kept_rows(table)
-            place = np.minimum((table["pos_norm"].to_numpy(float) * POSITION_BINS).astype(int), POSITION_BINS - 1)
+            known = table["pos_norm"].notna().to_numpy()
+            valid, kept = valid_rows(table) & known, kept_rows(table) & known
+            place = np.clip(np.nan_to_num(table["pos_norm"].to_numpy(float) * POSITION_BINS).astype(int), 0, POSITION_BINS - 1)
             total = np.bincount(place[valid], minlength=POSITION_BINS)
             share = np.bincount(place[kept], minlength=POSITION_BINS) / np.maximum(total, 1)
             ax.plot((edges[:-1] + edges[1:]) / 2, share, markersize=6, **styles[key].line())

@@ -84,7 +84,8 @@ def headline(suite: Suite, outcomes: dict[ArmKey, Outcome]) -> list[str]:
 
     what = "held-out accuracy" if accuracy else "KL on the frozen contexts"
     before = outcomes[best].accuracy_before if accuracy else outcomes[best].kl_before
-    sentences = [f"{best.label} reached the best {what}: {_show(value(best), accuracy)}"
+    reached = f" reached the best {what}:" if len(order) > 1 else f": {what}"  # one method alone is the best of nothing
+    sentences = [f"{best.label}{reached} {_show(value(best), accuracy)}"
                  + (f", from {_plain(before.value, accuracy)} before training." if before.known else ".")]  # fmt: skip
     others = [k for k in order[1:] if value(k).known]
     tied = [k for k in others if not _apart(value(best), value(k))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import pandas as pd
 import pytest
 import report_suite
 
@@ -50,3 +51,12 @@ def test_the_methods_with_a_colour_are_the_best_and_those_to_compare_with(crowd)
     assert {k for k, s in looks.items() if s.faint} == set(rest)
     assert len({(looks[k].color, looks[k].marker) for k in bold}) == len(bold)
     assert looks[rest[0]].line()["label"] is None and looks[bold[0]].line()["label"] == bold[0].label and looks[bold[0]].line(1)["label"] is None
+
+
+def test_one_method_is_not_called_the_best_and_a_bank_without_positions_has_no_picture_of_them(tmp_path):
+    home = report_suite.write_suite(tmp_path, [("dlearn_high", 0.2, 0.3)], rollouts=2, samples=4, contexts=4, prompts=10)
+    for file in (home / "runs" / "dlearn_high_0.2_seed1" / "token_bank").glob("*.parquet"):
+        pd.read_parquet(file).drop(columns="pos_norm").to_parquet(file)
+    report = build_report(home, options=Options(draws=50))
+    assert report.headline[0].startswith("Teachability (TA-OPD) 20 %: held-out accuracy ") and "before training" in report.headline[0]
+    assert "positions.png" not in {p.name for p in report.pictures}
