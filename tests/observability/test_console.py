@@ -93,6 +93,14 @@ def test_start_and_end_say_where_things_are(tmp_path, capsys, monkeypatch):
     assert len(said) == 5
 
 
+def test_a_resumed_run_says_what_is_done(capsys):
+    args = Namespace(run_name="mine", num_rollout=5, load="/ckpt")
+    console.tell_resume(args, 0)
+    assert capsys.readouterr().out == ""
+    console.tell_resume(args, 3)
+    assert capsys.readouterr().out == "mine: going on from /ckpt: 3 of 5 rollouts are done\n"
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (89, "89 s"), (91, "2 min"), (3599, "60 min"), (5400, "1 h 30 min"), (90000, "25 h 00 min")])
 def test_durations(seconds, words):
     assert human_seconds(seconds) == words

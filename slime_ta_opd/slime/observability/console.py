@@ -54,6 +54,12 @@ def tell_start(args, layout) -> None:
     say(f"starting {words}" + (f"; servers write to {where / 'logs'}" if layout.engines or teachers else ""))
 
 
+def tell_resume(args, start: int) -> None:
+    """Which part of the run is done already; nothing for one that starts at its beginning."""
+    if start > 0:
+        say(f"{args.run_name}: going on from {args.load or 'the rollout asked for'}: {start} of {args.num_rollout} rollouts are done")
+
+
 def tell_end(args, directory: Path, rollouts: int, seconds: float) -> None:
     """The last lines of a run: how long it took, where everything is, and what makes a page of it."""
     where = directory.resolve()

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import ray
 
-from slime.observability.console import RolloutProgress, say, tell_end
+from slime.observability.console import RolloutProgress, say, tell_end, tell_resume
 from slime.observability.timer import Timer, write_trace
 from slime.observability.trackers import Trackers
 from slime.utils import config_file
@@ -93,6 +93,7 @@ class Run:
         """First rollout id; gives the data source back its place where a checkpoint was loaded."""
         start, extra = loaded
         self.start = start
+        tell_resume(self.args, start)
         if extra and extra.get("rollout"):
             rollout.load_state(extra["rollout"])
         self.trackers = Trackers(self.args, start)
