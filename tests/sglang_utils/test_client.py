@@ -204,7 +204,7 @@ def test_sampled_ids_outside_the_vocabulary_are_a_bad_answer(fake, ids):
 def test_an_abort_also_ends_requests_that_wait_here(fake, fault):
     """For their turn, or to be sent again: they would be sampled to the end after it."""
     server = fake()
-    server.faults, server.delay = [fault] if fault else [], 0.2
+    server.faults, server.delay = [fault] if fault else [], 0.6
     client = connect(server, max_concurrency=1)
 
     async def ask():
