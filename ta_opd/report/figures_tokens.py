@@ -86,7 +86,7 @@ def _spread_of_c(table: pd.DataFrame) -> str:
 
 def _plane_panel(ax, table: pd.DataFrame, title: str, all_valid: pd.DataFrame | None = None):
     h, d, c = (table[name].fillna(0).to_numpy(float) for name in ("H_norm", "D_norm", "C_norm"))
-    x, y = (np.minimum((v * BINS).astype(int), BINS - 1) for v in (h, d))
+    x, y = (np.clip((v * BINS).astype(int), 0, BINS - 1) for v in (h, d))  # without normalisation they may lie outside
     cell = x * BINS + y
     count = np.bincount(cell, minlength=BINS * BINS)
     mean = np.bincount(cell, weights=c, minlength=BINS * BINS) / np.maximum(count, 1)

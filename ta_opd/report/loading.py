@@ -115,7 +115,9 @@ def load(directory: str | Path, title: str | None = None, training: str | Path |
         raise DataError(f"report: expected the directory of a run or a suite, got {str(directory)!r}, which is none")
     notes: list[str] = []
     facts = _json(directory / "suite.json")
-    found = find_runs(directory)
+    if not isinstance(facts.get("teacher_accuracy"), (int, float)):
+        facts.pop("teacher_accuracy", None)
+    found = find_runs(directory, notes)
     runs = [run for path, contexts in found if (run := read_run(path, contexts, notes)) is not None]
     if not runs:
         runs = diagnostic_checkpoints(directory, notes)
@@ -130,26 +132,37 @@ def load(directory: str | Path, title: str | None = None, training: str | Path |
     runs.sort(key=lambda run: order.get(run.name, len(order)))
     suite = Suite(directory, title or facts.get("title") or directory.resolve().name, runs, notes, facts)
     for candidate in sorted(directory.rglob("matched_fixed_context_topn.csv"))[:1]:
-        suite.topn = pd.read_csv(candidate)
+        suite.topn = _optional(candidate, notes)
     for path in sorted(directory.rglob("selector_recommendation.json"))[:1]:
         suite.advice = [str(text) for text in _json(path).get("warnings", [])]
     bank = next((p for p in (directory / "context_bank.parquet", directory / "baseline" / "context_bank.parquet") if p.is_file()), None)
     if bank is not None:
-        suite.bank_prompts = read_table(bank)
+        prompts = _optional(bank, notes)
+        suite.bank_prompts = prompts if prompts is not None and {"prompt", "label"} <= set(prompts) else None
     return suite
 
 
-def find_runs(directory: Path) -> list[tuple[Path, Path | None]]:
+def _optional(path: Path, notes: list[str]) -> pd.DataFrame | None:
+    """A table that a report can do without: None, with a note, where it cannot be read."""
+    try:
+        return read_table(path)
+    except DataError as error:
+        notes.append(str(error))
+        return None
+
+
+def find_runs(directory: Path, notes: list[str] | None = None) -> list[tuple[Path, Path | None]]:
     """(run directory, directory that may hold its fixed-context table) of every run, in order."""
     if (directory / "metrics.jsonl").is_file():
         return [(directory, None)]
     summary = directory / "suite_summary.csv"
     if summary.is_file():
-        table = pd.read_csv(summary)
-        if {"run_dir", "mask", "budget_asked", "seed_label"} <= set(table):
+        table = _optional(summary, [] if notes is None else notes)
+        named = ["run_dir", "mask", "budget_asked", "seed_label"]
+        if table is not None and set(named) <= set(table):
             from ta_opd.suite.methods import budget_tag
 
-            rows = table.itertuples(index=False)
+            rows = table.dropna(subset=named).itertuples(index=False)
             return [
                 (_near(Path(row.run_dir), directory), directory / f"{row.mask}_{budget_tag(row.budget_asked)}_{row.seed_label}")
                 for row in rows
@@ -206,9 +219,9 @@ def _near(path: Path, suite: Path) -> Path:
 
 def read_run(directory: Path, contexts_dir: Path | None, notes: list[str]) -> Run | None:
     """One run, or None (with a note) when it has no metrics. What is optional and unreadable becomes a note."""
-    lines = json_lines(directory / "metrics.jsonl")
+    lines = [line for line in json_lines(directory / "metrics.jsonl") if isinstance(line.get("rollout_id"), int)]
     if not lines:
-        notes.append(f"{directory.name}: no line in metrics.jsonl, left out")
+        notes.append(f"{directory.name}: no line in metrics.jsonl with a rollout_id, left out")
         return None
     metrics = pd.DataFrame(lines).drop_duplicates("rollout_id", keep="last").sort_values("rollout_id").reset_index(drop=True)
     config = _yaml(directory / "config.yaml")
@@ -217,7 +230,9 @@ def read_run(directory: Path, contexts_dir: Path | None, notes: list[str]) -> Ru
         bank_dir = Path(config["opd_token_bank_dir"])
     bank_config = _json(bank_dir / "config.json") if bank_dir.is_dir() else {}
     mask = config.get("opd_budget_mask") or bank_config.get("opd_budget_mask") or "full"
-    ratio = float(config.get("opd_budget_ratio") or bank_config.get("opd_budget_ratio") or 1.0)
+    ratio = config.get("opd_budget_ratio") or bank_config.get("opd_budget_ratio") or 1.0
+    if not isinstance(ratio, (int, float)):
+        raise DataError(f"{directory / 'config.yaml'}: expected a number as opd_budget_ratio, got {ratio!r}")
     key = ArmKey("full", 1.0) if mask in ("none", "full") or ratio >= 1 else ArmKey(_canonical(mask), ratio)
     seed = "/".join(str(config[k]) for k in ("seed", "rollout_seed", "opd_budget_mask_seed") if config.get(k) is not None)
     place = next((p for p in (directory, contexts_dir) if p is not None and (p / FIXED_CONTEXT_FILE).is_file()), None)
@@ -293,7 +308,7 @@ def _alternating(items: list) -> list:
 
 def eval_at(run: Run, which: str) -> dict[str, Any] | None:
     """The evaluation "before" training or the last one "after" it; the first data set where there are several."""
-    rows = [row for row in run.evals if isinstance(row.get("accuracy"), (int, float))]
+    rows = [row for row in run.evals if isinstance(row.get("accuracy"), (int, float)) and isinstance(row.get("rollout_id"), int)]
     before = [row for row in rows if row["rollout_id"] < 0]
     after = [row for row in rows if row["rollout_id"] >= 0]
     chosen = before if which == "before" else after

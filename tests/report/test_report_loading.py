@@ -11,8 +11,9 @@ import pytest
 import report_suite
 
 from ta_opd.errors import DataError
-from ta_opd.report import heatmap, loading
+from ta_opd.report import figures_tokens, heatmap, loading
 from ta_opd.report.loading import ArmKey
+from ta_opd.report.style import arm_styles
 
 
 def test_suite_is_read_in_its_planned_order(suite_dir):
@@ -113,3 +114,41 @@ def test_lists_of_frozen_contexts_are_read_when_they_are_shown(suite_dir):
         assert not [name for name in run.contexts if "_top_" in name] and {"KLf_full", "KLf_full_base", "Hs_full_base"} <= set(run.contexts)
     blocks = [b for b in heatmap.build(suite, None, max_bytes=10**7, notes=[])["blocks"] if b["kind"] == "frozen"]
     assert len(blocks) == len(suite.arms) and all(set(b["top"]) == {"student", "teacher", "trained"} for b in blocks)
+
+
+def test_odd_files_become_notes_and_odd_lines_are_left_out(suite_dir, tmp_path):
+    home = tmp_path / "s"
+    shutil.copytree(suite_dir, home)
+    run = home / "runs" / "random_0.2_seed1"
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text('{"seconds/total": 1.0}\n' + lines)
+    (run / "eval.jsonl").write_text('{"accuracy": 1.0}\n{"rollout_id": 1, "accuracy": 0.5, "dataset": "d"}\n')
+    (home / "matched_fixed_context_topn.csv").write_text("")
+    (home / "context_bank.parquet").write_text("PAR1")
+    (home / "suite_summary.csv").write_text("\n")
+    facts = json.loads((home / "suite.json").read_text())
+    (home / "suite.json").write_text(json.dumps({**facts, "teacher_accuracy": "unknown"}))
+    suite = loading.load(home)
+    odd = next(r for r in suite.runs if r.name == run.name)
+    assert len(odd.metrics) == 6 and loading.eval_at(odd, "after")["accuracy"] == 0.5 and loading.eval_at(odd, "before") is None
+    assert suite.topn is None and suite.bank_prompts is None and "teacher_accuracy" not in suite.facts
+    assert all(any(name in note for note in suite.notes) for name in ("topn.csv", "context_bank.parquet", "suite_summary.csv"))
+    pd.DataFrame({"x": [1]}).to_parquet(home / "context_bank.parquet")
+    named = pd.DataFrame({"run_dir": [None, str(run)], "mask": ["tip", "random"], "budget_asked": [None, 0.2], "seed_label": ["a", "b"]})
+    named.to_csv(home / "suite_summary.csv", index=False)
+    suite = loading.load(home)
+    assert suite.bank_prompts is None and [r.name for r in suite.runs] == [run.name]
+    (run / "config.yaml").write_text("opd_budget_mask: tip\nopd_budget_ratio: ten\n")
+    with pytest.raises(DataError, match="expected a number as opd_budget_ratio, got 'ten'"):
+        loading.load(home)
+
+
+def test_pictures_of_positions_and_the_plane_take_what_is_outside(suite_dir):
+    """pos_norm is NaN in some banks, and without normalisation H and D leave 0 to 1."""
+    suite = loading.load(suite_dir)
+    styles = arm_styles(list(suite.arms))
+    samples = {k: loading.sample_bank(r[0], max_rollouts=2, max_rows=10**6, notes=[]) for k, r in suite.arms.items()}
+    for sample in samples.values():
+        sample.table.loc[::3, "pos_norm"] = np.nan
+        sample.table.loc[::2, "H_norm"], sample.table.loc[1::2, "D_norm"] = 1.7, -0.4
+    assert figures_tokens.positions(samples, styles).png and figures_tokens.plane(samples, styles).png
