@@ -66,11 +66,11 @@ SIZES = {
         level=Level(), rollouts=40, prompts=32, response=56, group=56, heldout=256, validation=128, contexts=160, rates=(1e-4, 4e-4),
     ),
     "mid": Size(
-        teacher=Pretrain(Width(128, 384, 3, 4, 2, 32), steps=500, batch=64, lr=4e-3, seed=3, problems=20_000),
+        teacher=Pretrain(Width(128, 384, 3, 4, 2, 32), steps=1200, batch=64, lr=4e-3, seed=3, problems=40_000),
         student=Pretrain(Width(96, 256, 2, 4, 2, 24), steps=400, batch=64, lr=4e-3, seed=7, problems=10_000, stop_at=0.25),
-        level=Level(largest=40, operand=9, steps=(2, 2), names=16), rollouts=60, prompts=24, response=28, group=14, heldout=150, validation=80,
-        contexts=60, rates=(5e-4, 2e-3), budgets=(0.10,), seeds=(1, 2),
-        selectors=("random", "entropy", "divergence", "compatibility", "dlearn_high", "tip"), losses=("topk_reverse_kl",),
+        level=Level(largest=40, operand=9, steps=(2, 2), names=16), rollouts=300, prompts=24, response=28, group=20, heldout=300, validation=120,
+        contexts=60, rates=(2e-4, 5e-4), budgets=(0.10,), seeds=(1, 2, 3, 4, 5), losses=("topk_reverse_kl",),
+        selectors=("random", "entropy", "divergence", "compatibility", "dlearn_high", "ca_softor", "ta_opd_ier_or", "tip", "prefix"),
     ),
     "tiny": Size(
         teacher=Pretrain(Width(48, 96, 2, 2, 1, 24), steps=10, batch=16, lr=4e-3, seed=3, problems=200),

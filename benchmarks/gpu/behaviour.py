@@ -1,7 +1,7 @@
 """Which tokens to teach, measured: every selector at several budgets, two losses, three seeds, the better of two learning rates.
 
     python benchmarks/gpu/behaviour.py --size gpu --output-dir outputs/behaviour --seconds 1140    # again, until it says it is done
-    python benchmarks/gpu/behaviour.py --size mid --device cpu --output-dir outputs/behaviour-mid  # minutes, two cores
+    python benchmarks/gpu/behaviour.py --size mid --device cpu --output-dir outputs/behaviour-mid --seconds 6000  # one core
     python benchmarks/gpu/behaviour.py --size gpu --count                                          # what would run, what it costs, memory
 
 A teacher and a student are trained from scratch on generated multi-step reasoning (examples/reasoning), each in its own writer's words.
