@@ -7,6 +7,7 @@ python tools/run_fixed_context.py --diag-dir DIAG --student S --teacher T --afte
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -104,6 +105,21 @@ def work(args: argparse.Namespace) -> None:
         return
     cli.quiet_models()
     run_pipeline(config, force=args.force, log=lambda line: print(line, flush=True))
+    print("\n".join(ending(Path(args.diag_dir), args.summary_name)))
+
+
+def ending(out: Path, summary: str) -> list[str]:
+    """What was found in a few lines, and where to read on: the last that a terminal shows."""
+    lines = []
+    file = out / "analysis" / "recommend" / "selector_recommendation.json"
+    if file.is_file():
+        found = json.loads(file.read_text())
+        overall, best = found["overall"], found["best"]
+        lines.append(f"mean gain of all {overall['tokens']} tokens: {overall['mean_gain']:.3g} nats [{overall['ci_low']:.3g}, {overall['ci_high']:.3g}]")
+        lines.append(f"highest on the tokens that {best['selector']} keeps at {best['ratio']:g}: {best['gain_per_kept_token']:.3g} nats")
+        lines += [f"warning: {text}" for text in found["warnings"]]
+    places = {"summary": out / summary, "selectors": file.with_suffix(".md"), "report": out / "report.html"}
+    return lines + [f"{name}: {path}" for name, path in places.items() if path.is_file()]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from ta_opd.fixed_context import cli
+from ta_opd.fixed_context.recommend import RecommendConfig, recommend, write_recommendation
+from tests.fixed_context.diagnostic_cases import paper_table
 
 TOOLS = sorted(p for p in (Path(__file__).resolve().parents[2] / "tools").glob("*.py") if "cli.new_parser" in p.read_text())
 
@@ -44,3 +46,17 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
         child.stdout.close()
         errors = child.stderr.read()
     assert child.returncode == 0 and not errors, errors
+
+
+def test_the_diagnostic_ends_with_what_it_found_and_where_to_read_on(tmp_path):
+    spec = importlib.util.spec_from_file_location("run_fixed_context_ending", TOOLS[0].parent / "run_fixed_context.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.ending(tmp_path, "summary.md") == []  # nothing was analysed
+    (tmp_path / "summary.md").write_text("")
+    result = recommend(paper_table(), RecommendConfig(ratios=(0.1,), selectors=("dlearn_high", "entropy"), bootstrap=20, source="full"))
+    write_recommendation(result, tmp_path / "analysis" / "recommend")
+    said = tool.ending(tmp_path, "summary.md")
+    assert said[0].startswith("mean gain of all 960 tokens: ") and said[1].startswith("highest on the tokens that dlearn_high keeps at 0.1: ")
+    assert said[2 : 2 + len(result.warnings)] == [f"warning: {text}" for text in result.warnings]
+    assert said[-2:] == [f"summary: {tmp_path}/summary.md", f"selectors: {tmp_path}/analysis/recommend/selector_recommendation.md"]
