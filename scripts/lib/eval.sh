@@ -69,7 +69,7 @@ eval_run() {
   local name flag
   for name in SYSTEM_INSTRUCTION NUM_FEWSHOT MAX_GEN_TOKS TEMPERATURE TOP_P LIMIT MAX_LENGTH TOKENIZER TIMEOUT LOCAL_DATASETS PROMPT_TASKS; do
     flag=--${name//_/-}
-    if [[ -n ${!name} ]]; then command+=("${flag,,}" "${!name}"); fi
+    if [[ -n ${!name} ]]; then flag_with_value command "${flag,,}" "${!name}"; fi
   done
   if [[ $CHAT_TEMPLATE == 0 ]]; then command+=(--no-chat-template); fi
   if [[ $TRUST_REMOTE_CODE == 1 ]]; then command+=(--trust-remote-code); fi

@@ -376,6 +376,6 @@ launch_training() { # the command of one run, printed or become this process
     if [[ $DRY_RUN == plan ]]; then "${command[@]}" --dry-run; fi
     return
   fi
-  mkdir -p "$SAVE_DIR" "$LOG_DIR"
+  mkdir -p -- "$SAVE_DIR" "$LOG_DIR"
   exec "${command[@]}"
 }

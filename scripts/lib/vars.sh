@@ -181,6 +181,9 @@ load_variables() {
       _expand "${_VAR_DEFAULT[$name]}"
       printf -v "$name" '%s' "$REPLY"
     fi
+    case ${_VAR_TYPE[$name]%\?} in
+      dir | file | model | out) if [[ ${!name} == -* ]]; then printf -v "$name" './%s' "${!name}"; fi ;; # a path, no option
+    esac
     _check_var "$name"
   done
 }
@@ -190,6 +193,11 @@ export_chosen() { # hand on what the user or this launcher chose; what is a plai
   for name in "${_VAR_NAMES[@]}"; do
     if [[ -n ${_VAR_FROM[$name]} ]]; then export "${name?}"; fi
   done
+}
+
+flag_with_value() { # flag_with_value ARRAY FLAG VALUE: joined by = where the value would pass for an option
+  local -n _words=$1
+  if [[ $3 == -* ]]; then _words+=("$2=$3"); else _words+=("$2" "$3"); fi
 }
 
 flags_from_variables() { # FLAGS += the train.py flags of all variables that have one (MARK: "" or "@"); empty ones are left out
@@ -205,7 +213,7 @@ flags_from_variables() { # FLAGS += the train.py flags of all variables that hav
         read -ra words <<<"${!name}"
         FLAGS+=("$flag" "${words[@]}")
         ;;
-      *) FLAGS+=("$flag" "${!name}") ;;
+      *) flag_with_value FLAGS "$flag" "${!name}" ;;
     esac
   done
 }

@@ -302,3 +302,17 @@ def test_a_source_with_blanks_and_an_address_with_a_question_mark(launch, pair_v
     done = subprocess.run(["bash", "-c", f"cd {shlex.quote(str(tmp_path))} && exec bash {ROOT / RUN}"], capture_output=True, text=True,
                           env={"PATH": os.environ["PATH"], "OUTPUT_ROOT": str(tmp_path / "out"), "DRY_RUN": "1", **variables})  # fmt: skip
     assert "--teacher t=http://h:1/generate\\?x" in done.stdout, done.stderr
+
+
+def test_values_that_begin_with_a_dash_are_no_options(launch, pair_variables, place, tmp_path):
+    (tmp_path / "-train.jsonl").write_text('{"prompt": "q"}\n')
+    variables = pair_variables("4b_to_1p7b") | {"PROMPT_DATA": "-train.jsonl", "OUTPUT_ROOT": "-out", "OPD_TEACHER_NAME": "--mine", "OPD_BUDGET_MASK": "tip"}
+    done = subprocess.run(["bash", "-c", f"cd {shlex.quote(str(tmp_path))} && exec bash {ROOT / RUN}"], capture_output=True, text=True,
+                          env={"PATH": os.environ["PATH"], "DRY_RUN": "1", "RUN_NAME": "r", **variables})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[words.index("--prompt-data") + 1] == "./-train.jsonl" and words[words.index("--save") + 1] == "./-out/r"
+    assert "--opd-teacher-name=--mine" in words
+    models = {"MODELS": f"base={place}/models/Qwen3-1.7B"}
+    done = launch("scripts/eval/run_downstream_gsm8k_full.sh", DRY_RUN="1", SYSTEM_INSTRUCTION="-brief", check=True, **models)
+    assert "--system_instruction=-brief" in shlex.split(done.out)

@@ -122,7 +122,7 @@ def _command(settings: Settings, model: str, task: str, seed: int, directory: Pa
     if settings.chat_template:
         words.append("--apply_chat_template")
     if settings.system_instruction:
-        words += ["--system_instruction", settings.system_instruction]
+        words.append(f"--system_instruction={settings.system_instruction}")  # one word: it may begin with a dash
     if settings.num_fewshot is not None:
         words += ["--num_fewshot", str(settings.num_fewshot)]
     if settings.limit:
