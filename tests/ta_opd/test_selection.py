@@ -158,6 +158,7 @@ def test_forced_tokens_are_those_that_their_score_would_not_have_kept():
         selection = select_tokens(metrics, np.ones(80), lengths, config)
         best = set(np.argsort(-selection.columns["H_norm"])[:20].tolist())
         assert selection.summary["forced_tokens"] == len(kept(selection) - best) == 5 * min_keep
+        assert (selection.summary["num_kept_tokens"], selection.summary["keep_ratio"]) == (20, 0.25)
 
 
 def test_q3_reports_that_it_cannot_fill_its_budget():
