@@ -4,10 +4,20 @@ One dictionary per token, one float at a time, no numpy. Nothing here is shared 
 """
 
 import math
+import sys
 from fractions import Fraction
 
 EPS = 1e-12
 TAIL_RESOLUTION = 1e-6
+if sys.version_info >= (3, 12):  # whose own sum of floats carries the rounding along: other last digits than the released code's 3.11
+
+    def sum(values):
+        total = 0
+        for value in values:
+            total += value
+        return total
+
+
 PROXY = {"mass": "Cmass", "set": "Coverlap", "bc": "CBC", "prefix_ema": "Cprefix_ema"}
 
 
