@@ -278,10 +278,18 @@ def test_moments_of_a_checkpoint_go_straight_to_host_memory(monkeypatch):
     assert [g["lr"] for g in adam.param_groups] == [0.25, 0.25] and [g["params"][0] is w for g, w in zip(adam.param_groups, weights, strict=True)] == [True, True]
 
 
-def test_too_little_host_memory_is_refused():
+@pytest.mark.parametrize(("nodes", "refused"), [(("a", "a"), True), (("a", "b"), False)])
+def test_too_little_host_memory_is_refused(monkeypatch, nodes, refused):
+    """Two ranks that each want 60 % of what is left: not on one node, though each of them alone would fit."""
     import torch
 
     from slime.backends.megatron_utils import host_state
 
-    with pytest.raises(ConfigError, match="--optimizer-cpu-offload: expected .* GiB of host memory .*--use-distributed-optimizer"):
-        host_state._host_buffers(host_state.KINDS, 2**44, torch.device("cpu"))
+    weight = torch.nn.Parameter(torch.zeros(60, dtype=torch.float32))
+    part = types.SimpleNamespace(optimizer=torch.optim.AdamW([weight]))
+    left = 8 * 64 * 10 // 6
+    monkeypatch.setattr(host_state.memory, "available", lambda: left)
+    monkeypatch.setattr(host_state.distributed, "gather_objects", lambda own: [(node, *own[1:]) for node in nodes])
+    expected = pytest.raises(ConfigError, match="of the 2 ranks on a, .*--use-distributed-optimizer") if refused else contextlib.nullcontext()
+    with expected:
+        host_state.check_host_memory([part])

@@ -50,3 +50,21 @@ def test_one_arena_is_for_the_process_that_keeps_rollouts_and_not_for_its_server
     monkeypatch.delenv("SLIME_ONE_ARENA")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")  # the user's own choice, for everything
     assert memory.one_arena() == {} and SGLangServer("model", device="cpu")._environment("/tmp")["MALLOC_ARENA_MAX"] == "4"
+
+
+def test_a_containers_limit_counts_where_it_leaves_less(tmp_path):
+    """Both versions of control groups; cached files can be given back."""
+    whole = memory.available(tmp_path)
+    assert whole > 0
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 600000\ninactive_file 50000\n")
+    assert memory.available(tmp_path) == 350000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available(tmp_path) > 350000
+    old = tmp_path / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text("500000\n")
+    (old / "memory.usage_in_bytes").write_text("600000\n")
+    (old / "memory.stat").write_text("total_inactive_file 0\n")
+    assert memory.available(tmp_path) == 0

@@ -1,4 +1,5 @@
-"""What replies took and freed goes back to the system: allocators would keep it, between arrays that stay."""
+"""Memory of this machine: what is left of it, and how what replies took and freed goes back to the system (allocators would keep it,
+between arrays that stay)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,12 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+_CGROUPS = (  # limit, use, and its part that is cached files, of a container: version 2, version 1
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 _ARENAS, _OURS = "MALLOC_ARENA_MAX", "SLIME_ONE_ARENA"
 
 
@@ -52,3 +58,15 @@ def return_unused() -> None:
     """Has the C library return what is free, down to single pages (milliseconds)."""
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a process here can still take: of the machine, or of its container where that leaves less."""
+    import psutil
+
+    left = [psutil.virtual_memory().available]
+    for limit, use, stat, cached in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # not this version; "max" is no limit
+            files = dict(line.split() for line in (cgroups / stat).read_text().splitlines())
+            left.append(int((cgroups / limit).read_text()) - int((cgroups / use).read_text()) + int(files.get(cached, 0)))
+    return max(min(left), 0)

@@ -13,12 +13,12 @@ Where the model itself is fp32, its weights are the main weights: they stay, and
 from __future__ import annotations
 
 import itertools
+import socket
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 
+from slime.backends.megatron_utils import distributed
 from slime.backends.megatron_utils.host_chunks import CHUNK_BYTES, KINDS, SLOTS, STATE_BYTES
+from slime.utils import memory
 from ta_opd.errors import ConfigError
 
 ALIGN = 16  # elements: whole vectors of any processor
@@ -84,23 +86,19 @@ class HostState:
     """The state of one of megatron-core's optimizers over torch's AdamW; replaces its step, its loading, its norm's input and its copies.
 
     chunk_bytes: of state, at least that of ALIGN parameters. Main weights hold no values before `reload_model_params`.
-    Raises ConfigError where the host has no such memory.
+    Raises ConfigError where the host lets no such memory be page-locked (`check_host_memory` says before whether there is any).
     """
 
     def __init__(self, part, chunk_bytes: int | None = None):
         self.part = part
         self.clip = 1.0  # what the next step multiplies gradients by
         self.pieces = _pieces(part)
-        size = 0
-        for piece in self.pieces:
-            piece.offset = size
-            size += -(-piece.main.numel() // ALIGN) * ALIGN
+        kinds, size = _place(self.pieces)
         width = (chunk_bytes or CHUNK_BYTES) // STATE_BYTES // ALIGN * ALIGN
         self.chunks = list(_cut(self.pieces, max(width, ALIGN)))
         self.width = max((c.stop - c.start for c in self.chunks), default=0)
         self.device = self.pieces[0].model.device if self.pieces else torch.device("cpu")
         self.streams = [torch.cuda.Stream(self.device) for _ in self.pieces[:1] * 2]  # cpu_runtime.py answers where there are none
-        kinds = KINDS if any(not p.in_place for p in self.pieces) else MOMENTS
         self.host = _host_buffers(kinds, size, self.device)
         self._unlock = weakref.finalize(self, _unlock, list(self.host.values())) if self.device.type == "cuda" else None
         for piece in self.pieces:
@@ -234,17 +232,38 @@ def _cut(pieces: list[Piece], width: int) -> Iterator[Chunk]:
         yield chunk
 
 
+def _place(pieces: list[Piece]) -> tuple[tuple[str, ...], int]:
+    """Sets every piece's offset; (kinds of state that are held, elements of each)."""
+    size = 0
+    for piece in pieces:
+        piece.offset = size
+        size += -(-piece.main.numel() // ALIGN) * ALIGN
+    return (KINDS if any(not p.in_place for p in pieces) else MOMENTS), size
+
+
+def check_host_memory(parts: Iterable) -> None:
+    """Before any rank takes memory (collective): ConfigError on all where the ranks of one node want more than it has left."""
+    need = 0
+    for part in parts:
+        kinds, size = _place(_pieces(part))
+        need += 4 * size * len(kinds)
+    everyone = distributed.gather_objects((socket.gethostname(), need, memory.available()))
+    for node in sorted({name for name, *_ in everyone}):
+        wants = [want for name, want, _ in everyone if name == node]
+        free = min(left for name, _, left in everyone if name == node)
+        if sum(wants) > free:
+            raise ConfigError(
+                f"--optimizer-cpu-offload: expected {sum(wants) / 2**30:.1f} GiB of host memory for the state of the {len(wants)} ranks on {node}, "
+                f"got {free / 2**30:.1f} GiB that are free; take fewer ranks a node, shard the state (--use-distributed-optimizer), or keep it "
+                "on the device"
+            )
+
+
 def _host_buffers(kinds: tuple[str, ...], size: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros [size] float32 a kind; page-locked where `device` is a GPU.
+    """Zeros [size] float32 a kind; page-locked where `device` is a GPU. Raises ConfigError where the system locks no more.
 
     Registered and not `pin_memory=True`: torch's pinned allocator rounds up to a power of two, up to twice the memory.
     """
-    need, free = 4 * size * len(kinds), psutil.virtual_memory().available
-    if need > free:
-        raise ConfigError(
-            f"--optimizer-cpu-offload: expected {need / 2**30:.1f} GiB of host memory for this rank's state, got {free / 2**30:.1f} GiB that "
-            "are free; take fewer ranks a node, shard the state (--use-distributed-optimizer), or keep it on the device"
-        )
     buffers = {kind: torch.zeros(size) for kind in kinds}
     for flat in buffers.values():
         if device.type == "cuda" and flat.numel():

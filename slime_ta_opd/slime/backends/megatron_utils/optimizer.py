@@ -34,7 +34,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from slime.backends.megatron_utils.host_state import HostState, MainWeightsOnHost
+from slime.backends.megatron_utils.host_state import HostState, MainWeightsOnHost, check_host_memory
 from slime.backends.megatron_utils.settings import Settings
 from ta_opd.errors import ConfigError
 
@@ -67,14 +67,16 @@ class Optimizer:
             self.core: ChainedOptimizer = get_megatron_optimizer(config, [model], get_standard_config_overrides(config))
         self.host: dict[object, HostState] = {}  # by part, where the state is in host memory
         self._groups = [{k: g[k] for k in ("max_lr", "min_lr", "betas", "eps")} for g in self.core.param_groups]
-        for part in self.core.chained_optimizers:
-            if _is_torch_adam(part):
-                _fuse(part.optimizer)
-                if offload:
-                    self.host[part] = HostState(part)
-                else:
-                    _create_state(part.optimizer)
-                _mend(part, offload)
+        parts = [part for part in self.core.chained_optimizers if _is_torch_adam(part)]
+        if offload:
+            check_host_memory(parts)
+        for part in parts:
+            _fuse(part.optimizer)
+            if offload:
+                self.host[part] = HostState(part)
+            else:
+                _create_state(part.optimizer)
+            _mend(part, offload)
         if offload:
             self.core.reload_model_params()
         total = max(settings.total_steps, settings.lr_warmup_iters + 1)
