@@ -176,10 +176,13 @@ def identity_of(dry_run_output: str) -> tuple[str, ...]:
 
 def differences(old: list[str] | tuple[str, ...], new: tuple[str, ...]) -> str:
     """Words that tell two identities apart: `--num-rollout 50 -> --num-rollout 100`."""
-    before = {text.split(" ")[0]: text for text in old}
-    after = {text.split(" ")[0]: text for text in new}
-    changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-    return "; ".join(f"{before.get(k, k + ' absent')} -> {after.get(k, k + ' absent')}" for k in changed)
+    gone, come = ([text for text in one if text not in other] for one, other in ((tuple(old), new), (new, tuple(old))))
+
+    def side(texts: list[str], flag: str) -> str:
+        return ", ".join(text for text in texts if text.split(" ")[0] == flag) or f"{flag} absent"
+
+    flags = dict.fromkeys(text.split(" ")[0] for text in (*gone, *come))  # a flag may be there several times: --teacher
+    return "; ".join(f"{side(gone, flag)} -> {side(come, flag)}" for flag in flags)
 
 
 def tool(settings: Settings, name: str, *words: str) -> tuple[str, ...]:

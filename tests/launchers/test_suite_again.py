@@ -130,3 +130,9 @@ def test_holders_that_live_and_are_gone():
     there = "process {} on " + socket.gethostname() + " since 2026-01-01 00:00:00"
     assert mem._is_gone(there.format(ended.pid)) and not mem._is_gone(there.format(os.getpid())) and not mem._is_gone(there.format(1))
     assert not mem._is_gone("process 1 on elsewhere since now") and not mem._is_gone("another process")
+
+
+def test_a_flag_that_is_there_twice_is_compared_whole():
+    old, new = ("--lr 1", "--teacher a=/x", "--teacher b=/y"), ("--lr 1", "--teacher a=/z", "--teacher b=/y")
+    assert plan.differences(old, new) == "--teacher a=/x -> --teacher a=/z"
+    assert plan.differences(list(old), old[:2]) == "--teacher b=/y -> --teacher absent"
