@@ -32,6 +32,7 @@ ALSO_FORWARDED = ("PYTHONPATH", "WANDB_API_KEY")
 PORT_FLAGS = ("dashboard-port", "object-manager-port", "node-manager-port", "dashboard-agent-listen-port",
               "dashboard-agent-grpc-port", "metrics-export-port")  # fmt: skip
 START_SECONDS = 120.0
+LOG_CHARACTERS_A_SECOND = 500_000  # of a job's log, asked for again and again
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,14 +71,15 @@ def submit(address: str, command: list[str], submission_id: str | None) -> int:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ServiceError(f"RAY_ADDRESS={address}: expected a Ray job server, got: {error}") from None
     print(f"job {job} at {address}", flush=True)
-    shown = 0
+    shown, next_look = 0, 0.0
     try:
         while True:
             status = client.get_job_status(job)
-            log = client.get_job_logs(job)
-            if len(log) > shown:
+            if status.is_terminal() or time.monotonic() >= next_look:
+                log = client.get_job_logs(job)  # always the whole of it, so a long one is asked for less often
                 print(log[shown:], end="", flush=True)
                 shown = len(log)
+                next_look = time.monotonic() + min(60.0, shown / LOG_CHARACTERS_A_SECOND)
             if status.is_terminal():
                 break
             time.sleep(2)
