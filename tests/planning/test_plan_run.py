@@ -375,7 +375,7 @@ def test_a_damaged_file_of_rates(tmp_path):
 
 
 def test_tables_name_phases_and_the_state_of_every_rate(tool, capsys):
-    assert tool.main(AS_RECORDED) == 0
+    assert tool.main([*AS_RECORDED, "--sources"]) == 0
     text = capsys.readouterr().out
     for word in ("generate", "sync", "GiB a GPU", "measured", "calibrated", "assumed", "loss_rows_megatron_h200.json", "--colocate"):
         assert word in text

@@ -16,7 +16,7 @@ def addresses(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for name, target in getattr(args, "teachers", {}).items():
         if not isinstance(target, str):
             yield from ((f"--teacher {name}" if args.teacher else "--rm-url", url) for url in target)
-    yield from (("--rollout-external-engine-addrs", url) for url in args.rollout_external_engine_addrs or ())
+    yield from (("--rollout-external-engine-addrs", url) for url in getattr(args, "rollout_external_engine_addrs", None) or ())
 
 
 def silent(args: argparse.Namespace, seconds: float = 3.0) -> list[str]:
