@@ -68,6 +68,12 @@ def test_bf16_resume_is_exact(pool, models, tmp_path):
         np.testing.assert_array_equal(loaded[0]["after"][name], expected, err_msg=name)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_sharded_state_is_gathered_by_the_rank_that_writes_it(pool, models, offload):
+    (first, parameters), (second, _) = pool.run("gathered_to_save", model=models("qwen3"), optimizer_cpu_offload=offload, **LAYOUTS["dp2_distopt"])
+    assert (first, second) == (12 * parameters, 0)
+
+
 def test_crash_while_saving_leaves_the_previous_one(pool, models, tmp_path):
     run = tmp_path / "run"
     results = pool.run("crash_in_second_save", 1, model=models("qwen3"), data=data(), save=str(run))

@@ -273,6 +273,8 @@ def _metadata(stacked: bool) -> dict[str, Any]:
         "non_homogeneous_layers": not stacked,
         "singleton_local_shards": False,
         "distrib_optim_sharding_type": "fully_reshardable",
+        # gathered between hosts and by the rank that writes it: else every rank held the whole state, and its GPU a third of that
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }

@@ -110,8 +110,6 @@ class HostState:
         part.optimizer.step = self.step
         part.optimizer.load_state_dict = self.load
         part._copy_main_params_to_model_params = _written_by_the_step
-        if isinstance(part, DistributedOptimizer):
-            part.get_parameter_state_dp_zero = types.MethodType(_gathered_on_host, part)
 
     @property
     def nbytes(self) -> int:
@@ -289,8 +287,3 @@ def _nothing_to_prepare(part) -> bool:
 
 def _written_by_the_step() -> None:
     pass
-
-
-def _gathered_on_host(part, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False):
-    """Whole state for a checkpoint, gathered between hosts: through the devices it would take 8 bytes a parameter there."""
-    return type(part).get_parameter_state_dp_zero(part, True, empty_data, return_on_all_ranks)
