@@ -64,6 +64,15 @@ def test_math_verify_that_does_not_start(monkeypatch):
         get_checker("math")("7", "7", {})
 
 
+def test_the_child_finds_packages_where_this_process_was_told_to_look(monkeypatch, tmp_path):
+    """A cluster's image may have math-verify on PYTHONPATH alone."""
+    math_answers._child.end()
+    (tmp_path / "math_verify.py").write_text("parse = lambda text, **_: text\nverify = lambda gold, found, **_: 'seven' in found\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert [get_checker("math")(text, "7", {}) for text in ("seven", "7")] == [1, 0]
+    math_answers._child.end()
+
+
 def test_own_function_and_unknown_name():
     assert get_checker("os.path:join") is __import__("os").path.join
     with pytest.raises(ConfigError, match="unknown check 'exakt'; known: exact, last_number, math"):

@@ -60,7 +60,7 @@ class _Child:
         self.end()
         script = str(Path(__file__).with_name("math_worker.py"))
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-I", script, str(_CPU_SECONDS)], stdin=pipe, stdout=pipe, stderr=pipe)
+        self.process = subprocess.Popen([sys.executable, "-P", script, str(_CPU_SECONDS)], stdin=pipe, stdout=pipe, stderr=pipe)
         if self._line(_START_SECONDS) != b"ready\n":
             self.process.kill()
             said = self.process.stderr.read().decode("utf-8", "replace").strip().splitlines()

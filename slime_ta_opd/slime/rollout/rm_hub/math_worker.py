@@ -1,4 +1,4 @@
-"""The child of math_answers.py: `python -I math_worker.py CPU_SECONDS`. A line in: [answer, label] as JSON; a line out: 1 where equal in value, else 0.
+"""The child of math_answers.py: `python -P math_worker.py CPU_SECONDS`. A line in: [answer, label] as JSON; a line out: 1 where equal in value, else 0.
 
 An expression such as 10^{10^{10}} or (10!)! keeps sympy busy for ever, inside of C code that no exception reaches. So each check has
 CPU_SECONDS of processor time, then the kernel ends this process; the parent counts the answer as wrong and starts another one.
