@@ -34,7 +34,8 @@ from benchmarks.manager import generate_reply, score_reply  # noqa: E402
 from benchmarks.own_lengths import PreparedIds, own_length, own_params, take_metrics  # noqa: E402
 from benchmarks.selection import RESPONSE, machine, synthetic_batch  # noqa: E402
 from benchmarks.services import gather, timed  # noqa: E402
-from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
+from slime.backends.sglang_utils.client import SGLangClient  # noqa: E402
+from slime.backends.sglang_utils.clients import Clients  # noqa: E402
 from slime.rollout.data_source import PromptDataSource  # noqa: E402
 from slime.rollout.sglang_rollout import generate_rollout  # noqa: E402
 from slime.utils import memory  # noqa: E402

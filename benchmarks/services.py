@@ -33,7 +33,8 @@ from benchmarks import decode_log, own_lengths  # noqa: E402
 from benchmarks.own_lengths import PreparedIds, held_bytes, own_length, own_params, resident, take_metrics  # noqa: E402
 from benchmarks.service_models import bucketed, hf_shapes, write_model  # noqa: E402
 from slime.backends.sglang_utils import loop  # noqa: E402
-from slime.backends.sglang_utils.client import Clients, SGLangClient  # noqa: E402
+from slime.backends.sglang_utils.client import SGLangClient  # noqa: E402
+from slime.backends.sglang_utils.clients import Clients  # noqa: E402
 from slime.backends.sglang_utils.server import SGLangServer  # noqa: E402
 from slime.rollout.data_source import PromptDataSource  # noqa: E402
 from slime.rollout.sglang_rollout import generate_rollout  # noqa: E402

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from slime.backends.sglang_utils.client import Clients
+from slime.backends.sglang_utils.clients import Clients
 from slime.observability.metrics import rollout_metrics
 from slime.rollout import measuring, sglang_rollout
 from slime.rollout.data_source import PromptDataSource

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from slime.backends.sglang_utils import loop, replicas, wire
-from slime.backends.sglang_utils.client import Clients, SGLangClient, StaleWeights, base_url
+from slime.backends.sglang_utils.client import SGLangClient, StaleWeights, base_url
+from slime.backends.sglang_utils.clients import Clients
 from ta_opd.errors import ConfigError, DataError, ServiceError
 from tests.sglang_utils.fake_server import VOCAB, logprob, row
 

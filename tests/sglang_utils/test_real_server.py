@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from slime.backends.sglang_utils import loop
-from slime.backends.sglang_utils.client import Clients, SGLangClient
+from slime.backends.sglang_utils.client import SGLangClient
+from slime.backends.sglang_utils.clients import Clients
 from slime.backends.sglang_utils.probe import probe, table
 from slime.backends.sglang_utils.server import SGLangServer
 from slime.backends.sglang_utils.weight_bucket import flatten, serialize_for_engine

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import ray
 
-from slime.backends.sglang_utils.client import Clients, SGLangClient
+from slime.backends.sglang_utils.client import SGLangClient
+from slime.backends.sglang_utils.clients import Clients
 from slime.backends.sglang_utils.router import Router
 from slime.ray.calls import get
 from slime.ray.cluster import NODE_ADDRESS, enter_directory
