@@ -26,6 +26,7 @@ import numpy as np
 
 from ta_opd import libm
 from ta_opd.errors import ConfigError, DataError
+from ta_opd.ranking import Rows
 from ta_opd.topk import PAD_ID, TopK, TopKParts
 from ta_opd.union import RepeatedIdError, Scratch, Union, ordered_sum, union_fast, union_in_released_order
 
@@ -111,15 +112,8 @@ def token_metrics(
 
 def position_columns(response_lengths) -> dict[str, np.ndarray]:
     """Where each token is: `tok_pos` int32 within its response, `pos_norm` = tok_pos / max(length - 1, 1), `sample` int32, each [T]."""
-    lengths_N = np.asarray(response_lengths, np.int64)
-    sample_T = np.repeat(np.arange(lengths_N.size, dtype=np.int32), lengths_N)
-    starts_N = np.cumsum(lengths_N) - lengths_N
-    tok_pos_T = (np.arange(sample_T.size) - np.repeat(starts_N, lengths_N)).astype(np.int32)
-    return {
-        "tok_pos": tok_pos_T,
-        "pos_norm": tok_pos_T / np.repeat(np.maximum(lengths_N - 1, 1), lengths_N),
-        "sample": sample_T,
-    }
+    rows = Rows.of(response_lengths)
+    return {"tok_pos": rows.tok_pos, "pos_norm": rows.place(), "sample": rows.sample}
 
 
 def _check_inputs(student: TopK | TopKParts, teacher: TopK | TopKParts, T: int, support: str, exact) -> None:

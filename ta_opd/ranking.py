@@ -66,6 +66,10 @@ class Rows:
         tok_pos_T -= np.repeat(starts_N.astype(np.int32), lengths_N)
         return cls(sample_T, tok_pos_T, lengths_N)
 
+    def place(self) -> np.ndarray:
+        """[T] float64: tok_pos / max(length - 1, 1), from 0 for a response's first token to 1 for its last."""
+        return self.tok_pos / np.repeat(np.maximum(self.response_lengths - 1, 1), self.response_lengths)
+
     def spans(self) -> list[slice]:
         """The rows of every response that has any."""
         ends = np.cumsum(self.response_lengths).tolist()

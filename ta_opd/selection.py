@@ -303,7 +303,9 @@ def _pick(batch: Batch, rows: Rows, selector: Selector, config: SelectionConfig,
     keep_T = unforced_T = by_score(np.zeros(T, bool))
     if config.min_keep > 0 and config.min_keep_rule == "inside":
         preferred_T = candidates_T if fallback is order else voiced_T
-        keep_T = by_score(reserve(fallback, preferred_T, voiced_T, config.min_keep, room))
+        reserved_T = reserve(fallback, preferred_T, voiced_T, config.min_keep, room)
+        if selector.name == "split_budget_ca" or (reserved_T & ~unforced_T).any():  # else the scores keep them anyway
+            keep_T = by_score(reserved_T)
     elif config.min_keep > 0:
         keep_T = unforced_T | top_up(fallback, unforced_T, voiced_T, config.min_keep)
     forced = int((keep_T & ~unforced_T).sum())
@@ -385,8 +387,7 @@ def _summary(columns, picked: _Picked, valid_T, num_valid: int, config, name: st
 
 def _positions(rows: Rows, valid_T, keep_T) -> dict[str, float]:
     """Mean place in the response, 0 first to 1 last, of valid and of kept tokens: a rule may only be one for early tokens."""
-    last_T = np.maximum(rows.response_lengths - 1, 1)[rows.sample]
-    place_T = rows.tok_pos / last_T
+    place_T = rows.place()
     return {f"{name}_position": float(place_T[mask].mean()) if mask.any() else 0.0 for name, mask in (("valid", valid_T), ("kept", keep_T))}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ta_opd.errors import DataError
+from ta_opd.ranking import Rows
 from ta_opd.token_bank.jsonio import dump_rows
 
 TOPK_NAMES = (
@@ -26,13 +27,12 @@ def position_frame(contexts, which: range) -> dict[str, np.ndarray]:
     """Position columns of the scored rows of contexts `which`, in order."""
     lengths = contexts.scored_len[list(which)]
     of_row = np.repeat(np.asarray(list(which)), lengths)
-    tok_pos = np.concatenate([np.arange(n) for n in lengths]) if len(lengths) else np.zeros(0, int)
     out = {"sample_ordinal": of_row}
     for name in _CONTEXT:
         if name in contexts.frame:
             out[name] = contexts.frame[name].to_numpy()[of_row]
-    out["tok_pos"] = tok_pos
-    out["pos_norm"] = tok_pos / np.repeat(np.maximum(lengths - 1, 1), lengths)
+    rows = Rows.of(lengths)
+    out["tok_pos"], out["pos_norm"] = rows.tok_pos.astype(np.int64), rows.place()
     out["token_id"] = np.concatenate([contexts.tokens[i][contexts.prompt_len[i] :] for i in which])
     out["loss_mask"] = np.concatenate([contexts.loss_mask[i] for i in which]).astype(np.int8)
     return out
