@@ -148,7 +148,8 @@ def train(shape: Shape, training: Training, held_back: set[str], *, label: str =
     model = make_model(shape, training.seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, betas=(0.9, 0.98), weight_decay=0.01)
     validation = [p for p in make_problems(1, training.validation, seed=-1 - training.seed)[1] if p.prompt not in held_back]
-    bar = tqdm(range(training.steps), desc=label, unit="step", dynamic_ncols=True, position=line, mininterval=0.1 if sys.stderr.isatty() else 30)
+    live = sys.stderr.isatty()  # a log gets no cursor movements and a line's worth now and then
+    bar = tqdm(range(training.steps), desc=label, unit="step", dynamic_ncols=True, position=line if live else 0, mininterval=0.1 if live else 30)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)

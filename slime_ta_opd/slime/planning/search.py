@@ -7,7 +7,6 @@ from slime.planning.layout import GRID, MODES, SEARCHED, Layout, Servers, Split,
 from slime.planning.predict import Prediction, Task, predict, trainer_layouts
 from ta_opd.errors import ConfigError
 
-GIB = 2**30
 LAYOUTS_TRIED = 6  # of the fastest layouts of a trainer's size, where memory refuses the first ones
 
 
@@ -42,13 +41,13 @@ def _nothing_tried(task: Task, modes: tuple[str, ...]) -> str:
     if not any(_layouts(task, size) for size in GRID if size <= task.machine.gpus):
         needs = ((memory.trainer_memory(task.student, x, work, task.rates, -(-work.longest // x.cp)).total, str(x)) for x in found)
         least, layout = min(needs)
-        return (f"memory: the trainer alone needs {least / GIB:.1f} GiB a GPU ({layout}, sequences of {work.longest} tokens); "
-                f"{room / GIB:.1f} GiB are usable")  # fmt: skip
+        return (f"memory: the trainer alone needs {least / memory.GIB:.1f} GiB a GPU ({layout}, sequences of {work.longest} tokens); "
+                f"{room / memory.GIB:.1f} GiB are usable")  # fmt: skip
     for name, model in (("student", task.student), ("teacher", task.teacher)):
         sizes = [tp for tp in server_sizes(model, task.machine.per_node) if tp <= task.machine.gpus]
         if not any(_weights_fit(task, model, tp) for tp in sizes):
             least = min((memory.server_weights(model, tp) for tp in sizes), default=memory.server_weights(model, 1))
-            return f"memory: the {name}'s weights take {least / GIB:.1f} GiB of each GPU of one server; {room / GIB:.1f} GiB are usable"
+            return f"memory: the {name}'s weights take {least / memory.GIB:.1f} GiB of each GPU of one server; {room / memory.GIB:.1f} GiB are usable"
     return f"mode {' or '.join(modes)} takes more GPUs than these (trainer, student engines and teacher apart: at least one each)"
 
 
